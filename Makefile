@@ -1,0 +1,58 @@
+# Two commands do everything: make reproduce, make test. Each sets itself up first.
+PROFILE ?= quick
+PARAMS  ?=
+PYTHON  ?= python3
+PY      := .venv/bin/python
+STAMP   := .venv/.installed
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+MAP       := $(firstword $(NOTEBOOKS))
+CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
+SOURCES   := $(wildcard hinv/*.py)
+DONE      := $(NOTEBOOKS:notebooks/%=build/notebooks/%)
+
+export PYTHONWARNINGS := ignore
+
+.PHONY: help setup reproduce notebooks parameters test lab clean
+.NOTPARALLEL:
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo 'PROFILE=quick|full and PARAMS="seed=1 dataset=cifar10" set the parameters of make reproduce'
+
+setup: $(STAMP)  ## .venv with the pinned packages and hinv in editable mode
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hinv needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+reproduce: $(STAMP) parameters  ## run what changed of the notebooks, then the table of claims (build/report.html)
+	@$(MAKE) --no-print-directory --keep-going notebooks || true
+	@$(PY) -m hinv.reproduce report
+
+parameters: $(STAMP)
+	@$(PY) -m hinv.reproduce parameters profile=$(PROFILE) $(PARAMS)
+
+notebooks: $(DONE)
+
+build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) build/parameters.json
+	@$(PY) -m hinv.reproduce run $<
+
+# the map quotes the numbers of all chapters
+$(MAP:notebooks/%=build/notebooks/%): $(CHAPTERS:notebooks/%=build/notebooks/%)
+
+test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make reproduce are left alone)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q -n 2 tests
+	HINV_OUTPUT=build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(CHAPTERS) $(MAP)
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(PY) -m jupyterlab --notebook-dir notebooks
+
+clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
+	rm -rf build results/*.json .pytest_cache .ruff_cache .hypothesis hinv/__pycache__ tests/__pycache__
+	git clean -q -f -x figures

@@ -1,0 +1,142 @@
+"""Claims and how they are kept: every statement a notebook makes is measured, compared with a bound, printed and written to JSON.
+
+A printed line names the bound and never the measured digits, so that nbval can compare it on another machine; the
+digits go to results/NN.json.
+"""
+
+import json
+import math
+import operator
+import os
+import platform
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+def output(kind: str) -> Path:
+    """Folder for "results" or "figures": below HINV_OUTPUT if set (the tests do), else below the project."""
+    folder = Path(os.environ.get("HINV_OUTPUT", ROOT)) / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference|| (Frobenius); the absolute error when the reference is zero."""
+    if value.shape != reference.shape:
+        raise ValueError(f"shapes differ: {tuple(value.shape)} and {tuple(reference.shape)}")
+    error, scale = torch.linalg.vector_norm(value - reference).item(), torch.linalg.vector_norm(reference).item()
+    return error / scale if scale > 0 else error
+
+
+def agree(value: Tensor, reference: Tensor, tolerance: float, what: str) -> None:
+    """Assert that two tensors agree to a relative tolerance and print a line without machine-dependent digits."""
+    error = relative_error(value, reference)
+    if not error <= tolerance:
+        raise AssertionError(f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}")
+    print(f"ok: {what}, relative error below {tolerance:.0e}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary file beside `path`, then rename: a reader never finds half a file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, text=True)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Claims:
+    """The claims of one notebook.
+
+    Args:
+        number: the notebook's number, "03"; results go to results/03.json.
+        title: what the notebook shows.
+        seed, dtype, data: how it was run; `data` is what was really loaded.
+    """
+
+    def __init__(self, number: str, title: str, seed: int, dtype: torch.dtype = torch.float64, data: str = "digits"):
+        self.record = {
+            "notebook": number,
+            "title": title,
+            "seed": seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": "cpu",
+            "data": data,
+            "commit": commit(),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "scipy")},
+            "claims": [],
+            "values": {},
+        }
+
+    def check(self, statement: str, measured: float, relation: str, bound: float, equation: str = "") -> None:
+        """Record `measured relation bound` ("<=", ">=" or "==") and print the outcome. A failure is raised by `write`, after all are recorded."""
+        passed = math.isfinite(measured) and RELATIONS[relation](measured, bound)
+        self.record["claims"].append(
+            {
+                "statement": statement,
+                "equation": equation,
+                "measured": measured,
+                "relation": relation,
+                "bound": bound,
+                "passed": passed,
+            }
+        )
+        shown = f"{bound:.0e}" if isinstance(bound, float) else str(bound)
+        print(
+            f"{'ok' if passed else 'FAILED'}: {statement} ({relation} {shown})"
+            + ("" if passed else f", measured {measured:.3e}")
+        )
+
+    def note(self, **values) -> None:
+        """Record numbers the prose needs, without a bound."""
+        self.record["values"].update(values)
+
+    def write(self) -> None:
+        """Write results/NN.json.
+
+        Raises:
+            AssertionError: naming every claim that failed (the file is written all the same).
+        """
+        path = output("results") / f"{self.record['notebook']}.json"
+        write_atomically(path, json.dumps(self.record, indent=1) + "\n")
+        failed = [c["statement"] for c in self.record["claims"] if not c["passed"]]
+        if failed:
+            raise AssertionError(
+                f"{len(failed)} claims of notebook {self.record['notebook']} failed: {'; '.join(failed)}"
+            )
+        print(f"ok: {len(self.record['claims'])} claims of notebook {self.record['notebook']} hold")
+
+
+def read(number: str) -> dict:
+    """results/NN.json.
+
+    Raises:
+        FileNotFoundError: with the command that makes it.
+    """
+    path = output("results") / f"{number}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no results of notebook {number}: run it first, or 'make reproduce' for all")
+    return json.loads(path.read_text())
+
+
+def commit() -> str:
+    """The git commit of the project, with "+" if files differ from it, or "unknown" outside git."""
+    try:
+        run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty else "")

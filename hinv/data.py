@@ -1,0 +1,210 @@
+"""Images for the notebooks: scikit-learn's digits (embedded, the default), CIFAR-10, ImageNet, or any folder of images.
+
+Data is looked for below HINV_DATA (default: the project's data/). A name finds, in this order: the official CIFAR-10 files
+(`cifar-10-batches-py`), a tree `<name>/{train,test|val}/<class>/*`, a tree whose folder begins with `<name>-`, and a path.
+CIFAR-10 is then downloaded; ImageNet cannot be. What was really loaded is in the answer's `name`.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.utils import check_md5
+from torchvision.transforms.v2 import functional as transforms
+
+from .checks import ROOT
+
+SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
+
+
+class DataNotFound(FileNotFoundError):
+    """The images are neither on disk nor to be had; the message says the ways to get them."""
+
+
+class Images(NamedTuple):
+    """x (n, channels, side, side) in [0, 1] unless normalized; y (n,) int64; `name` says what was really loaded."""
+
+    x: Tensor
+    y: Tensor
+    classes: list[str]
+    name: str
+    mean: Tensor
+    std: Tensor
+
+
+def load(
+    name: str = "digits",
+    split: str = "train",
+    n: int | None = None,
+    gray: bool = False,
+    side: int | None = None,
+    normalize: bool | tuple[Tensor, Tensor] = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    download: bool = True,
+    fallback: str | None = None,
+    mirrors: tuple[str, ...] = (),
+    timeout: float = 600.0,
+) -> Images:
+    """Load labelled images.
+
+    Args:
+        name: "digits", "cifar10", "imagenet", another folder below HINV_DATA, or a path to a folder of class folders.
+        split: "train", "test" or "val" (the last two stand for each other in folder trees).
+        n: how many, spread evenly over the classes, chosen by `seed`; all by default.
+        gray: one channel (the mean of the colours as ITU-R 601 weighs them).
+        side: resize the shorter side to this and cut the centre.
+        normalize: True for zero mean and unit variance in each channel over the images loaded; (mean, std) to use those of another
+            split (`Images.mean`, `.std`).
+        download: whether CIFAR-10 may be fetched, from `mirrors` first, within `timeout` seconds for each host.
+        fallback: a name to load instead when this one is not found; `Images.name` then says so.
+
+    Raises:
+        DataNotFound: with the three ways to get the data.
+        ValueError: an unknown split, more images asked for than there are, images of unequal size without `side`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use 'train', 'test' or 'val'")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    try:
+        source = _digits(split) if name == "digits" else _find(name, split, download, mirrors, timeout)
+    except DataNotFound:
+        if fallback is None:
+            raise
+        images = load(fallback, split, n, gray, side, normalize, seed, dtype, download, None, mirrors, timeout)
+        return images._replace(name=f"{images.name} (stand-in: {name} not found)")
+    pictures, labels, classes, found = source
+    chosen = _balanced(labels, n, seed, found)
+    stack = [_picture(pictures[i], gray, side).to(dtype) for i in chosen]
+    if len({tuple(p.shape) for p in stack}) > 1:
+        raise ValueError(f"the images of {found} differ in size: give side=")
+    x = torch.stack(stack)
+    if isinstance(normalize, tuple):
+        mean, std = (t.to(dtype) for t in normalize)
+    elif normalize:
+        mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)
+    else:
+        mean, std = torch.zeros(x.shape[1], dtype=dtype), torch.ones(x.shape[1], dtype=dtype)
+    x = (x - mean[:, None, None]) / std[:, None, None]
+    return Images(x, torch.as_tensor(labels)[torch.as_tensor(chosen)].long(), classes, found, mean, std)
+
+
+def folder() -> Path:
+    """Where data is looked for and downloaded to."""
+    return Path(os.environ.get("HINV_DATA", ROOT / "data"))
+
+
+def _digits(split: str):
+    digits = load_digits()
+    train, test = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    index = train if split == "train" else test
+    pictures = [torch.from_numpy(image / 16.0)[None] for image in digits.images[index]]
+    return pictures, digits.target[index], [str(c) for c in digits.target_names], "digits"
+
+
+def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeout: float):
+    home = folder()
+    if name == "cifar10":
+        for root in (home, home / name):
+            if (root / CIFAR10.base_folder).is_dir():
+                return _official_cifar10(root, split)
+    relatives = sorted(home.glob(f"{name}-*")) if Path(name).name == name else []
+    candidates = [home / name, *relatives, Path(name)]
+    for candidate in candidates:
+        for part in (*(candidate / s for s in SPLITS[split]), candidate):
+            if part == candidate and any((candidate / s).is_dir() for s in SPLITS):
+                continue  # a tree with splits, but not this one
+            if part.is_dir() and any(entry.is_dir() for entry in part.iterdir()):
+                files = ImageFolder(str(part))
+                return [path for path, _ in files.samples], np.array(files.targets), files.classes, candidate.name
+    if name == "cifar10" and download:
+        return _official_cifar10(_download_cifar10(home, mirrors, timeout), split)
+    raise DataNotFound(
+        f"no {split} images of '{name}' below {home}. Three ways to get them: (1) put the official files or a tree "
+        f"{name}/{{train,test}}/<class>/* there, or point HINV_DATA to where they are; (2) give load() the path of a folder of class "
+        "folders; (3) let load('cifar10', download=True) fetch CIFAR-10 (ImageNet has no free download). 'digits' always works"
+    )
+
+
+def _official_cifar10(root: Path, split: str):
+    data = CIFAR10(str(root), train=split == "train", download=False)
+    return list(data.data), np.array(data.targets), data.classes, "cifar10"
+
+
+def _download_cifar10(home: Path, mirrors: tuple[str, ...], timeout: float) -> Path:
+    """Fetch, check and unpack the official archive into `home`; nothing half-written stays."""
+    home.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for url in (*mirrors, CIFAR10.url):
+        with tempfile.TemporaryDirectory(dir=home) as work:
+            archive = Path(work) / CIFAR10.filename
+            try:
+                _fetch(url, archive, timeout)
+                if not check_md5(str(archive), CIFAR10.tgz_md5):
+                    raise OSError("the archive's md5 sum is wrong")
+                shutil.unpack_archive(archive, work, filter="data")
+                os.replace(Path(work) / CIFAR10.base_folder, home / CIFAR10.base_folder)
+                return home
+            except (OSError, urllib.error.URLError, shutil.ReadError) as error:
+                problems.append(f"{urlparse(url).hostname}: {error}")
+    raise DataNotFound(
+        f"CIFAR-10 is not below {home} and could not be downloaded ({'; '.join(problems)}). Three ways: (1) put cifar-10-batches-py or a "
+        "tree cifar10/{train,test}/<class>/* there, or point HINV_DATA to it; (2) load(<path of a folder of class folders>); "
+        "(3) try the download again with load('cifar10', mirrors=('https://...',), timeout=seconds)"
+    )
+
+
+def _fetch(url: str, path: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    with urllib.request.urlopen(url, timeout=min(timeout, 30.0)) as answer, open(path, "wb") as file:
+        while chunk := answer.read(1 << 20):
+            file.write(chunk)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not finished after {timeout:g} s ({file.tell():,} bytes so far)")
+
+
+def _balanced(labels: np.ndarray, n: int | None, seed: int, found: str) -> list[int]:
+    """n indices, the classes taking turns: sort by (rank within a shuffled class, random order of the classes)."""
+    if n is None:
+        return list(range(len(labels)))
+    if n > len(labels):
+        raise ValueError(f"{n} images asked for, {found} has {len(labels)}")
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    turn, rank = generator.permutation(labels.max() + 1), np.zeros(len(labels), dtype=int)
+    seen = np.zeros(labels.max() + 1, dtype=int)
+    for i in shuffled:
+        rank[i] = seen[labels[i]]
+        seen[labels[i]] += 1
+    return np.lexsort((turn[labels], rank))[:n].tolist()
+
+
+def _picture(picture, gray: bool, side: int | None) -> Tensor:
+    """A path, an array (h, w, 3) of bytes, or a tensor -> (channels, h, w) in [0, 1]."""
+    if isinstance(picture, str):
+        try:
+            with Image.open(picture) as image:
+                picture = np.array(image.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"cannot read the image {picture}: {error}") from error
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(picture).permute(2, 0, 1).double() / 255.0
+    if gray and len(picture) == 3:
+        picture = transforms.rgb_to_grayscale(picture)
+    if side is not None:
+        picture = transforms.center_crop(transforms.resize(picture, side, antialias=True), [side, side])
+    return picture

@@ -1,0 +1,140 @@
+"""Figures: one style, one function per role. Only this module imports matplotlib."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from .blocks import BlockMatrix
+from .checks import output
+
+PALETTE = sns.color_palette("colorblind")
+MARKERS = "osD^vPX*"
+
+sns.set_theme(
+    context="notebook",
+    style="ticks",
+    palette=PALETTE,
+    rc={"figure.dpi": 90, "savefig.bbox": "tight", "axes.grid": False},
+)
+
+
+def save(figure: Figure, name: str) -> Figure:
+    """Write figures/<name>.png and .pdf (without a date, so that the same figure is the same file) and return the figure."""
+    folder = output("figures")
+    figure.savefig(folder / f"{name}.png", dpi=160)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    plt.close(figure)
+    return figure
+
+
+def heatmaps(
+    matrices: Mapping[str, Tensor], boundaries: Sequence[int] = (), unit: str = "", mark: int | None = None
+) -> Figure:
+    """Matrices side by side on one symmetric logarithmic colour scale.
+
+    Thin lines at the block boundaries (entry numbers); the row and column `mark` are pointed out.
+    """
+    arrays = {title: np.asarray(m) for title, m in matrices.items()}
+    top = max(np.abs(a).max() for a in arrays.values()) or 1.0
+    norm = SymLogNorm(linthresh=1e-3 * top, vmin=-top, vmax=top)
+    figure, axes = plt.subplots(
+        1, len(arrays), figsize=(4.2 * len(arrays) + 0.8, 4.0), layout="constrained", squeeze=False
+    )
+    for axis, (title, array) in zip(axes[0], arrays.items(), strict=True):
+        image = axis.imshow(array, cmap="RdBu_r", norm=norm, interpolation="nearest", aspect="auto")
+        for edge in boundaries:
+            axis.axhline(edge - 0.5, color="0.6", lw=0.4)
+            axis.axvline(edge - 0.5, color="0.6", lw=0.4)
+        if mark is not None:
+            for line in (axis.axhline, axis.axvline):
+                line(mark, color=PALETTE[2], lw=2.5, alpha=0.7)
+        axis.set(title=title, xlabel="column", ylabel="row")
+    decades = 10.0 ** np.arange(np.ceil(np.log10(3e-3 * top)), np.floor(np.log10(top)) + 1)
+    figure.colorbar(image, ax=axes[0].tolist(), label=unit, shrink=0.85, ticks=[*-decades[::-1], 0.0, *decades])
+    return figure
+
+
+def patterns(matrices: Mapping[str, BlockMatrix], family: Callable[[str, int, int], str], columns: int = 3) -> Figure:
+    """Which blocks are stored, drawn to scale and coloured by family(title, i, j), side by side with one legend."""
+    titles, count = list(matrices), len(matrices)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, min(columns, count), figsize=(3.7 * min(columns, count), 3.9 * rows), layout="constrained", squeeze=False
+    )
+    colours: dict[str, tuple] = {}
+    for axis, title in zip(axes.flat, titles, strict=False):
+        matrix = matrices[title]
+        tops, lefts = np.cumsum([0, *matrix.row_sizes]), np.cumsum([0, *matrix.col_sizes])
+        for i, j in sorted(matrix.blocks):
+            name = family(title, i, j)
+            colour = colours.setdefault(name, PALETTE[len(colours) % len(PALETTE)])
+            size = matrix.col_sizes[j], matrix.row_sizes[i]
+            axis.add_patch(Rectangle((lefts[j], tops[i]), *size, facecolor=colour, edgecolor="white", lw=0.3))
+        axis.set(xlim=(0, lefts[-1]), ylim=(tops[-1], 0), title=title, xlabel="column", ylabel="row")
+        axis.set_aspect(lefts[-1] / tops[-1])
+    for axis in list(axes.flat)[count:]:
+        axis.axis("off")
+    handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    return figure
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: str = "xy",
+    bound: float | None = None,
+    bound_label: str = "",
+) -> Figure:
+    """Lines with markers, one for each name -> (x, y); logarithmic axes named in `log`; a dashed horizontal bound."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for k, (name, (x, y)) in enumerate(series.items()):
+        # later markers are smaller, so that a curve on top of another leaves it visible
+        axis.plot(
+            x, y, marker=MARKERS[k % len(MARKERS)], color=PALETTE[k % len(PALETTE)], label=name, ms=max(4, 9 - 2 * k)
+        )
+    if bound is not None:
+        axis.axhline(bound, color="0.3", ls="--", lw=1, label=bound_label)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ticks = sorted({value for x, _ in series.values() for value in x})
+    if "x" in log:
+        axis.set_xscale("log")
+    if len(ticks) <= 10:
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axis.minorticks_off()
+    if "y" in log:
+        axis.set_yscale("log")
+    elif all(isinstance(value, int) for _, y in series.values() for value in y):
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, title: str, bound: float | None = None
+) -> Figure:
+    """Measurements on a logarithmic axis: one row for each group, one colour for each name; a dashed vertical bound."""
+    names = sorted({name for group in groups.values() for name in group})
+    figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(groups) + 1.6), layout="constrained")
+    for row, group in enumerate(groups.values()):
+        for k, name in enumerate(names):
+            values = [max(v, 1e-17) for v in group.get(name, [])]
+            offset = 0.16 * (k - (len(names) - 1) / 2)
+            label = name if row == next(r for r, g in enumerate(groups.values()) if name in g) else None
+            axis.plot(values, [row + offset] * len(values), MARKERS[k], color=PALETTE[k], ms=5, alpha=0.8, label=label)
+    if bound is not None:
+        axis.axvline(bound, color="0.3", ls="--", lw=1, label=f"bound {bound:.0e}")
+    axis.set(xscale="log", xlabel=xlabel, title=title, yticks=range(len(groups)), yticklabels=list(groups))
+    axis.invert_yaxis()
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    sns.despine(figure)
+    return figure

@@ -1,0 +1,126 @@
+"""The loss as the last link of the chain: its value, its gradient b_L and its Hessian V_L with respect to the outputs.
+
+A loss is any callable (outputs, targets) -> scalar that is a sum or a mean over samples. Then its Hessian with respect
+to the stacked outputs (B * C numbers) is block-diagonal, one C x C block per sample, and C products with the vectors
+"e_c in every sample at once" read off all blocks together, whatever the loss. Written with plain autograd: a closed form
+would be a second thing to trust, and the tests compare with closed forms instead.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_targets(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Refuse targets that the loss cannot take, before torch says so less clearly.
+
+    Raises:
+        ValueError, TypeError: batch sizes differ; class labels out of range or of the wrong shape or dtype; targets of
+            another shape than the outputs (MSELoss, BCEWithLogitsLoss: torch would broadcast them).
+    """
+    if targets.ndim == 0 or len(targets) != len(outputs):
+        raise ValueError(
+            f"{len(outputs)} outputs but targets of shape {tuple(targets.shape)}: give one target per sample"
+        )
+    if targets.device != outputs.device:
+        raise ValueError(f"targets are on {targets.device}, the model on {outputs.device}: move one to the other")
+    if isinstance(loss, nn.CrossEntropyLoss) and targets.shape != outputs.shape:
+        classes, expected = outputs.shape[1], (len(outputs), *outputs.shape[2:])
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise TypeError(f"CrossEntropyLoss takes class labels as int64, not {targets.dtype}: use targets.long()")
+        if tuple(targets.shape) != expected:
+            raise ValueError(f"class labels have shape {tuple(targets.shape)}; these outputs need {expected}")
+        bad = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
+        if bad.any():
+            raise ValueError(
+                f"label {targets[bad][0].item()} is out of range: the model has {classes} outputs, so labels run from 0 "
+                f"to {classes - 1} (or {loss.ignore_index} to ignore a sample)"
+            )
+    if isinstance(loss, nn.MSELoss | nn.BCEWithLogitsLoss):
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}: reshape them"
+            )
+        if not targets.is_floating_point():
+            raise TypeError(
+                f"{type(loss).__name__} takes floating-point targets, not {targets.dtype}: use targets.to(outputs.dtype)"
+            )
+    if targets.is_floating_point() and not targets.isfinite().all():
+        raise ValueError("targets contain NaN or infinite values")
+
+
+def value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The scalar loss, refused if it is not a finite differentiable scalar."""
+    try:
+        out = loss(outputs, targets)
+    except Exception as error:
+        raise ValueError(f"the loss {loss} refused outputs of shape {tuple(outputs.shape)}: {error}") from error
+    if not isinstance(out, Tensor) or out.numel() != 1:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"the loss must be one number, a sum or mean over samples, but is {shape}: use reduction='mean' or 'sum'"
+        )
+    if not out.isfinite():
+        raise ValueError(
+            f"the loss is {out.item()}: check the scale of inputs and weights (or that not every label is ignored)"
+        )
+    return out.reshape(())
+
+
+def gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """b_L = d loss / d outputs, shaped like the outputs."""
+    return _gradient_graph(loss, outputs, targets)[0].detach()
+
+
+def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """V_L: (B, C, C), the Hessian of the loss with respect to each sample's flattened outputs. C backward passes."""
+    product = _products(loss, outputs, targets)
+    batch, classes = len(outputs), outputs[0].numel()
+    columns = []
+    for c in range(classes):
+        direction = outputs.new_zeros(batch, classes)
+        direction[:, c] = 1.0
+        columns.append(product(direction.reshape(outputs.shape)).reshape(batch, classes))
+    return torch.stack(columns, dim=2)
+
+
+def check_separable(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Refuse a loss that couples samples: its Hessian would not be block-diagonal.
+
+    Any two sample numbers differ in some binary digit, so log2(B) products, each moving the samples whose k-th digit is
+    one and looking at the others, see every pair.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    product = _products(loss, outputs, targets)
+    number = torch.arange(len(outputs), device=outputs.device)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
+    for k in range((len(outputs) - 1).bit_length()):
+        moved = (number >> k & 1).bool()
+        masked = direction * moved.reshape(-1, *[1] * (outputs.ndim - 1))
+        response = product(masked)
+        if response[~moved].abs().max() > 1e-6 * response.abs().max():
+            raise ValueError("the loss couples samples of the batch; it must be a sum or a mean of one term per sample")
+
+
+def _gradient_graph(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        scalar = value(loss, leaf, targets)
+        if not scalar.requires_grad:
+            raise ValueError("the loss does not depend on the model's outputs through differentiable operations")
+        (first,) = torch.autograd.grad(scalar, leaf, create_graph=True, materialize_grads=True)
+    return first, leaf
+
+
+def _products(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> (Hessian of the loss w.r.t. the outputs) v, with the gradient's graph built once."""
+    first, leaf = _gradient_graph(loss, outputs, targets)
+    if not first.requires_grad:  # a loss linear in the outputs
+        return torch.zeros_like
+    return lambda v: torch.autograd.grad(first, leaf, v, retain_graph=True, materialize_grads=True)[0]

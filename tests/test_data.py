@@ -1,0 +1,165 @@
+import io
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from hinv import data
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HINV_DATA", str(tmp_path))
+    return tmp_path
+
+
+def write_tree(root, splits=("train", "test"), classes=("cat", "dog", "eel"), images=4, size=(12, 10)):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for number, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(images):
+                pixels = rng.integers(0, 256, (size[1], size[0] + k, 3), dtype=np.uint8)
+                pixels[0, 0] = number * 10
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+
+
+def test_digits_need_nothing(home):
+    train, test = data.load("digits"), data.load("digits", "test")
+    assert train.x.shape == (1437, 1, 8, 8) and test.x.shape == (360, 1, 8, 8)
+    assert train.name == "digits" and train.x.dtype == torch.float32 and train.y.dtype == torch.int64
+    assert train.x.min() == 0 and train.x.max() == 1
+    counts = torch.bincount(test.y)
+    assert len(counts) == 10 and counts.min() >= 35 and counts.max() <= 37
+
+
+def test_balanced_and_seeded(home):
+    first, again, other = (data.load("digits", n=25, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
+    counts = torch.bincount(first.y, minlength=10)
+    assert counts.sum() == 25 and counts.min() == 2 and counts.max() == 3
+
+
+def test_folder_tree_resizing_gray_and_normalization(home):
+    write_tree(home / "zoo")
+    images = data.load("zoo", n=6, side=8, dtype=torch.float64)
+    assert images.x.shape == (6, 3, 8, 8) and images.classes == ["cat", "dog", "eel"] and images.name == "zoo"
+    assert torch.bincount(images.y).tolist() == [2, 2, 2]
+    gray = data.load("zoo", n=6, side=8, gray=True, normalize=True, dtype=torch.float64)
+    assert gray.x.shape == (6, 1, 8, 8)
+    assert gray.x.mean().abs() < 1e-12 and abs(gray.x.std().item() - 1) < 1e-12
+    test = data.load("zoo", "val", side=8, gray=True, normalize=(gray.mean, gray.std), dtype=torch.float64)
+    raw = data.load("zoo", "test", side=8, gray=True, dtype=torch.float64)
+    torch.testing.assert_close(test.x, (raw.x - gray.mean) / gray.std)
+
+
+def test_other_places(home, tmp_path_factory):
+    write_tree(home / "cifar10-images")
+    assert data.load("cifar10", "test", side=8, n=3).name == "cifar10-images"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_tree(elsewhere)
+    assert len(data.load(str(elsewhere), side=8).y) == 12
+    write_tree(home / "plain", splits=("",))
+    assert len(data.load("plain", side=8).y) == 12
+
+
+def official_archive(path):
+    """A miniature of the official CIFAR-10 archive: five training batches and a test batch, pickled as theirs are."""
+    import pickle
+
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w:gz") as archive:
+
+        def add(name, value):
+            content = pickle.dumps(value)
+            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+        for name in [n for n, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]:
+            add(name, {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]})
+        add("batches.meta", {"label_names": [f"class {k}" for k in range(10)]})
+
+
+def test_download_checks_and_unpacks(home, monkeypatch):
+    """The first mirror is broken, the second serves: the official files are checked, unpacked and read."""
+    archive = home / "source.tar.gz"
+    official_archive(archive)
+    import hashlib
+
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    broken = home / "broken.tar.gz"
+    broken.write_bytes(b"not the archive")
+    images = data.load("cifar10", mirrors=(broken.as_uri(), archive.as_uri()))
+    assert images.x.shape == (20, 3, 32, 32) and images.name == "cifar10"
+    assert sorted(p.name for p in home.iterdir()) == ["broken.tar.gz", CIFAR10.base_folder, "source.tar.gz"]
+    assert data.load("cifar10", "test", download=False).x.shape == (4, 3, 32, 32)
+
+
+def test_failed_download_names_the_host_and_leaves_nothing(home, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://localhost:1/cifar.tar.gz")
+    with pytest.raises(data.DataNotFound, match=r"localhost: .*Three ways: \(1\).*\(2\).*\(3\)"):
+        data.load("cifar10")
+    assert list(home.iterdir()) == []
+
+
+def test_slow_download_is_stopped(home, monkeypatch):
+    class Slow:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, size):
+            time.sleep(0.02)
+            return b"x"
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: Slow())
+    with pytest.raises(data.DataNotFound, match=r"www.cs.toronto.edu: not finished after 0.1 s"):
+        data.load("cifar10", timeout=0.1)
+    assert list(home.iterdir()) == []
+
+
+def test_fallback_is_never_silent(home):
+    images = data.load("imagenet", n=5, fallback="digits")
+    assert images.name == "digits (stand-in: imagenet not found)"
+    with pytest.raises(data.DataNotFound, match=r"no train images of 'imagenet' below .*Three ways"):
+        data.load("imagenet")
+    with pytest.raises(data.DataNotFound, match="cifar10"):
+        data.load("cifar10", download=False)
+
+
+def test_a_tree_without_this_split_is_not_read_as_classes(home):
+    write_tree(home / "zoo", splits=("train",))
+    with pytest.raises(data.DataNotFound, match="no test images of 'zoo'"):
+        data.load("zoo", "test")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "all"}, "unknown split 'all': use 'train', 'test' or 'val'"),
+        ({"n": 5000}, "5000 images asked for, digits has 1437"),
+        ({"n": 0}, "n must be at least 1"),
+    ],
+)
+def test_bad_options(home, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", **options)
+
+
+def test_unequal_sizes_and_unreadable_images(home):
+    write_tree(home / "zoo")
+    with pytest.raises(ValueError, match="the images of zoo differ in size: give side="):
+        data.load("zoo")
+    (home / "zoo" / "train" / "cat" / "0.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot read the image .*0\.png"):
+        data.load("zoo", side=8)
