@@ -48,11 +48,11 @@ test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make re
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n 2 tests
-	HINV_OUTPUT=build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(CHAPTERS) $(MAP)
+	HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(CHAPTERS) $(MAP)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks
 
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
 	rm -rf build results/*.json .pytest_cache .ruff_cache .hypothesis hinv/__pycache__ tests/__pycache__
-	git clean -q -f -x figures
+	find figures -type f ! -name README.md ! -name 04_sparsity.png -delete

@@ -2,8 +2,22 @@
 
 from . import checks, data, paper
 from .blocks import BlockMatrix
-from .hessian import AccuracyWarning, Hessian, SolveReport
+from .estimate import Estimate
+from .factor import SingularShiftError
+from .hessian import GGN, AccuracyWarning, Hessian, SolveReport
 from .networks import tall_skinny
 
-__all__ = ["AccuracyWarning", "BlockMatrix", "Hessian", "SolveReport", "checks", "data", "paper", "tall_skinny"]
+__all__ = [
+    "GGN",
+    "AccuracyWarning",
+    "BlockMatrix",
+    "Estimate",
+    "Hessian",
+    "SingularShiftError",
+    "SolveReport",
+    "checks",
+    "data",
+    "paper",
+    "tall_skinny",
+]
 __version__ = "0.1.0"

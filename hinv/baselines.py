@@ -11,6 +11,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
+from .factor import SingularShiftError
+
 
 def dense(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
     """LU of the dense P x P matrix: O(P^3) flops, P^2 numbers. The reference for everything else."""
@@ -18,8 +20,8 @@ def dense(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
     matrix.diagonal().add_(damping)
     lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
     if info.item() != 0:
-        raise torch.linalg.LinAlgError(
-            f"H + {damping} I is exactly singular: the damping is minus an eigenvalue of H; change it"
+        raise SingularShiftError(
+            f"H + ({damping:g}) I is exactly singular: the damping is minus an eigenvalue of H; change it"
         )
 
     def solve(b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parameters_to_vector
 
 from . import heads
@@ -64,7 +65,9 @@ class Stage:
 
     def per_sample(self, x: Tensor, z: Tensor) -> Tensor:
         """f_l for one sample: parameters (p_l,) and an input without batch dimension -> flattened output (a_l,)."""
-        return functional_call(self.module, self.named(x), (z.unsqueeze(0),)).flatten()
+        return functional_call(
+            self.module, self.named(x), (z.unsqueeze(0).clone(),)
+        ).flatten()  # cloned: it may work in place
 
     def __str__(self) -> str:
         return f"stage '{self.name}' ({self.module.__class__.__name__})"
@@ -85,14 +88,17 @@ class Chain:
 
     def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor):
         _check_model(model)
-        _check_tensors(model, inputs)
-        self.model, self.loss = copy.deepcopy(model), loss
+        _check_tensors(model, inputs, targets)
+        try:
+            self.model, self.loss = copy.deepcopy(model), loss
+        except RuntimeError as error:
+            raise ValueError(f"the model cannot be copied ({error}); call detach() on the tensors it keeps") from error
         self.inputs, self.targets = inputs.detach().clone(), targets.detach().clone()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.stages = self._forward()
         heads.check_targets(loss, self.outputs, self.targets)
         self.value = heads.value(loss, self.outputs, self.targets).detach()
-        heads.check_separable(loss, self.outputs, self.targets)
+        heads.check_loss(loss, self.outputs, self.targets)
         self._backward()
 
     @property
@@ -112,11 +118,11 @@ class Chain:
                     f"stage '{name}' ({module}) cannot take the {tuple(z.shape)} that reaches it; make it follow the "
                     f"stage before. torch says: {error}"
                 ) from error
-            if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != len(z):
+            if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(z):
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise ValueError(
                     f"stage '{name}' ({module}) maps a batch of {len(z)} to {got}: each stage must map one tensor to one "
-                    "tensor and keep the batch dimension first"
+                    "tensor, batch dimension first and at least one dimension for the units"
                 )
             if not out.isfinite().all():
                 raise ValueError(
@@ -165,7 +171,15 @@ def _check_model(model: nn.Module) -> None:
             "with residual blocks or other small graphs as single modules inside it"
         )
     stages = _flatten(model)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"'{name}' is not initialized: run the model once on a batch")
     for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(
+                f"'{name}' ({type(module).__name__}) has forward hooks, which may change what it computes behind the structure's back: "
+                "remove them (handle.remove(); for pruning and old-style weight or spectral norm, make the weights permanent)"
+            )
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) mixes samples in training mode: call model.eval(), or use LayerNorm or GroupNorm"
@@ -187,7 +201,12 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the Sequential owns parameters outside its stages: move them into a module of the pipeline")
 
 
-def _check_tensors(model: nn.Module, inputs: Tensor) -> None:
+def _check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("derivatives cannot be taken under torch.inference_mode(): leave it first")
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, not {type(tensor).__name__}: use torch.as_tensor")
     if not inputs.is_floating_point():
         raise TypeError(
             f"inputs are {inputs.dtype}: convert them with inputs.to(model's dtype); embed token numbers first and pass the embeddings"
@@ -197,13 +216,13 @@ def _check_tensors(model: nn.Module, inputs: Tensor) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device != inputs.device:
             raise ValueError(f"'{name}' is on {tensor.device}, the inputs on {inputs.device}: move all to one device")
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"'{name}' is {tensor.dtype}: exact curvature needs float32 or float64, use model.double()")
         if tensor.dtype != inputs.dtype:
             raise TypeError(f"'{name}' is {tensor.dtype}, the inputs {inputs.dtype}: convert one to the other")
-        if not tensor.isfinite().all():
+        if isinstance(tensor, nn.Parameter) and not tensor.isfinite().all():  # a buffer may: attention masks hold -inf
             raise ValueError(f"'{name}' contains NaN or infinite values")
     if not inputs.isfinite().all():
         raise ValueError("inputs contain NaN or infinite values")

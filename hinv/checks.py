@@ -63,16 +63,26 @@ class Claims:
     Args:
         number: the notebook's number, "03"; results go to results/03.json.
         title: what the notebook shows.
-        seed, dtype, data: how it was run; `data` is what was really loaded.
+        seed, profile, dtype, device, data: how it was run; `data` is what was really loaded.
     """
 
-    def __init__(self, number: str, title: str, seed: int, dtype: torch.dtype = torch.float64, data: str = "digits"):
+    def __init__(
+        self,
+        number: str,
+        title: str,
+        seed: int,
+        profile: str,
+        dtype: str = "float64",
+        device: str = "cpu",
+        data: str = "digits",
+    ):
         self.record = {
             "notebook": number,
             "title": title,
             "seed": seed,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": "cpu",
+            "profile": profile,
+            "dtype": dtype,
+            "device": device,
             "data": data,
             "commit": commit(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "scipy")},
@@ -93,7 +103,7 @@ class Claims:
                 "passed": passed,
             }
         )
-        shown = f"{bound:.0e}" if isinstance(bound, float) else str(bound)
+        shown = f"{bound:g}"
         print(
             f"{'ok' if passed else 'FAILED'}: {statement} ({relation} {shown})"
             + ("" if passed else f", measured {measured:.3e}")

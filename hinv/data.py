@@ -5,11 +5,11 @@ Data is looked for below HINV_DATA (default: the project's data/). A name finds,
 CIFAR-10 is then downloaded; ImageNet cannot be. What was really loaded is in the answer's `name`.
 """
 
+import http.client
 import os
 import shutil
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -125,12 +125,19 @@ def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeo
     relatives = sorted(home.glob(f"{name}-*")) if Path(name).name == name else []
     candidates = [home / name, *relatives, Path(name)]
     for candidate in candidates:
-        for part in (*(candidate / s for s in SPLITS[split]), candidate):
-            if part == candidate and any((candidate / s).is_dir() for s in SPLITS):
-                continue  # a tree with splits, but not this one
-            if part.is_dir() and any(entry.is_dir() for entry in part.iterdir()):
-                files = ImageFolder(str(part))
-                return [path for path, _ in files.samples], np.array(files.targets), files.classes, candidate.name
+        if not (candidate.is_dir() and any(entry.is_dir() for entry in candidate.iterdir())):
+            continue
+        # the first folder that fits is the data set: another one is never mixed in for a split that this one lacks
+        if any((candidate / s).is_dir() for s in SPLITS):
+            part = next((candidate / s for s in SPLITS[split] if (candidate / s).is_dir()), None)
+            if part is None:
+                raise DataNotFound(
+                    f"{candidate} has no {split} images: it holds {', '.join(s for s in SPLITS if (candidate / s).is_dir())}"
+                )
+        else:
+            part = candidate
+        files = ImageFolder(str(part))
+        return [path for path, _ in files.samples], np.array(files.targets), files.classes, candidate.name
     if name == "cifar10" and download:
         return _official_cifar10(_download_cifar10(home, mirrors, timeout), split)
     raise DataNotFound(
@@ -159,7 +166,7 @@ def _download_cifar10(home: Path, mirrors: tuple[str, ...], timeout: float) -> P
                 shutil.unpack_archive(archive, work, filter="data")
                 os.replace(Path(work) / CIFAR10.base_folder, home / CIFAR10.base_folder)
                 return home
-            except (OSError, urllib.error.URLError, shutil.ReadError) as error:
+            except (OSError, ValueError, http.client.HTTPException, shutil.ReadError) as error:
                 problems.append(f"{urlparse(url).hostname}: {error}")
     raise DataNotFound(
         f"CIFAR-10 is not below {home} and could not be downloaded ({'; '.join(problems)}). Three ways: (1) put cifar-10-batches-py or a "
@@ -171,7 +178,9 @@ def _download_cifar10(home: Path, mirrors: tuple[str, ...], timeout: float) -> P
 def _fetch(url: str, path: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     with urllib.request.urlopen(url, timeout=min(timeout, 30.0)) as answer, open(path, "wb") as file:
-        while chunk := answer.read(1 << 20):
+        while chunk := answer.read1(
+            1 << 20
+        ):  # what has arrived, not a full block: a trickle must not outlast the deadline
             file.write(chunk)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not finished after {timeout:g} s ({file.tell():,} bytes so far)")

@@ -77,7 +77,7 @@ def gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """V_L: (B, C, C), the Hessian of the loss with respect to each sample's flattened outputs. C backward passes."""
-    product = _products(loss, outputs, targets)
+    product = products(loss, outputs, targets)
     batch, classes = len(outputs), outputs[0].numel()
     columns = []
     for c in range(classes):
@@ -87,8 +87,45 @@ def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(columns, dim=2)
 
 
-def check_separable(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
-    """Refuse a loss that couples samples: its Hessian would not be block-diagonal.
+def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(w, u), each (B, C), with V_n = diag(w_n) - u_n u_n^T, for losses known to have this form on (B, C) outputs; else None.
+
+    Cross-entropy: V_n = omega_n (diag(p_n) - p_n p_n^T), p the softmax and omega_n the sample's weight in the loss. Squared error and
+    binary cross-entropy: u is None.
+    """
+    if outputs.ndim != 2:
+        return None
+    share = 1.0 / outputs.numel() if getattr(loss, "reduction", "") == "mean" else 1.0
+    if type(loss) is nn.MSELoss:
+        return torch.full_like(outputs, 2.0 * share), None
+    if type(loss) is nn.BCEWithLogitsLoss:
+        p = outputs.sigmoid()
+        w = share * p * (1 - p)
+        if loss.pos_weight is not None:
+            w = w * (1 + (loss.pos_weight - 1) * targets)
+        return (w if loss.weight is None else w * loss.weight), None
+    if type(loss) is nn.CrossEntropyLoss:
+        p = outputs.softmax(1)
+        omega = _softmax_weights(loss, outputs, targets)[:, None]
+        return omega * p, omega.sqrt() * p
+    return None
+
+
+def _softmax_weights(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """omega (B,): the factor of each sample's logsumexp in the reduced loss."""
+    classes, smooth = outputs.shape[1], loss.label_smoothing
+    weight = torch.ones_like(outputs[0]) if loss.weight is None else loss.weight
+    if targets.shape == outputs.shape:  # class probabilities
+        omega = ((1 - smooth) * targets + smooth / classes) @ weight
+        return omega / len(outputs) if loss.reduction == "mean" else omega
+    counted = targets != loss.ignore_index
+    own = torch.where(counted, weight[targets.clamp_min(0)], torch.zeros_like(weight[:1]))
+    omega = (1 - smooth) * own + smooth / classes * weight.sum() * counted
+    return omega / own.sum() if loss.reduction == "mean" else omega
+
+
+def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Refuse a loss that is random, cannot be differentiated twice, or couples samples: its Hessian would not be block-diagonal.
 
     Any two sample numbers differ in some binary digit, so log2(B) products, each moving the samples whose k-th digit is
     one and looking at the others, see every pair.
@@ -96,7 +133,19 @@ def check_separable(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    product = _products(loss, outputs, targets)
+    if value(loss, outputs, targets).item() != value(loss, outputs, targets).item():
+        raise ValueError("the loss gives two values on the same outputs: it must not be random")
+    try:
+        product = products(loss, outputs, targets)
+        finite = (
+            product(torch.ones_like(outputs)).isfinite().all() and gradient(loss, outputs, targets).isfinite().all()
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"the loss {loss} cannot be differentiated twice: {error}") from error
+    if not finite:
+        raise ValueError(
+            "the loss's gradient or second derivative is NaN or infinite at these outputs (a square root of zero?)"
+        )
     number = torch.arange(len(outputs), device=outputs.device)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
@@ -104,7 +153,7 @@ def check_separable(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         moved = (number >> k & 1).bool()
         masked = direction * moved.reshape(-1, *[1] * (outputs.ndim - 1))
         response = product(masked)
-        if response[~moved].abs().max() > 1e-6 * response.abs().max():
+        if not response[~moved].abs().max() <= 1e-6 * response.abs().max():
             raise ValueError("the loss couples samples of the batch; it must be a sum or a mean of one term per sample")
 
 
@@ -118,7 +167,7 @@ def _gradient_graph(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tenso
     return first, leaf
 
 
-def _products(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+def products(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
     """v -> (Hessian of the loss w.r.t. the outputs) v, with the gradient's graph built once."""
     first, leaf = _gradient_graph(loss, outputs, targets)
     if not first.requires_grad:  # a loss linear in the outputs

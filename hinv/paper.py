@@ -330,15 +330,15 @@ class Matrices:
         """[[Q^-1]_11, [Q^-1]_12], [.., [Q^-1]_22]] of Q_reduced by the partitioned inverse, all block-diagonal up to the shift.
 
         Raises:
-            SingularQError: with the nullity. For a dense layer into C classes it comes as soon as B >= C.
+            SingularQError: with the nullity. For a last hidden width a and C softmax classes it is (a - C + 1)(B - C + 1) where both
+                factors are positive: for a >= C it comes as soon as B >= C.
         """
         count = len(self.layers)
         y, x = range(count - 1), range(count - 1, 2 * count - 1)
         if self.nullity:
             raise SingularQError(
-                f"Q has nullity {self.nullity} even without its dead row (batch {len(self.chain.inputs)}, {self.n[-1]} loss): "
-                "softmax curvature spans too few directions for this batch. Use fewer samples than classes, or "
-                "solve(method='woodbury'), which never inverts Q",
+                f"Q has nullity {self.nullity} even without its dead row (batch {len(self.chain.inputs)}): in some layer fewer directions "
+                "bend than there are activations. Use fewer samples, or solve(method='woodbury'), which never inverts Q",
                 self.nullity,
             )
         Q11, Q12, Q21, Q22 = (self.Q_reduced.take(rows, cols) for rows in (y, x) for cols in (y, x))
@@ -425,7 +425,7 @@ def product(H, v: Tensor) -> Tensor:
 
 
 def four_steps(H, g: Tensor, damping: float, c: float = 1.0) -> Tensor:
-    """v1's algorithm: (H + damping I)^-1 g through Q^-1 and A, with the dead row dropped (right for B < C only).
+    """v1's algorithm: (H + damping I)^-1 g through Q^-1 and A, with the dead row dropped (right where Q then has an inverse).
 
     Cost O(L (p + B a)^3).
 

@@ -75,6 +75,9 @@ def write_parameters(pairs: list[str], path: Path | None = None) -> dict:
             raise ValueError(f"no notebook has a parameter {name!r}; they have: {every}")
     if values.get("profile", "quick") not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, not {values['profile']!r}")
+    for notebook in known:  # an executed notebook without its results must run again
+        if not (output("results") / f"{notebook.stem[:2]}.json").exists():
+            (BUILD / "notebooks" / notebook.name).unlink(missing_ok=True)
     path = path or BUILD / "parameters.json"
     text = json.dumps(values, indent=1, sort_keys=True)
     if not path.exists() or path.read_text() != text:
@@ -88,7 +91,7 @@ def run(notebook: Path, parameters: dict | None = None, build: Path | None = Non
 
     Raises:
         ValueError: a parameter the notebook does not have.
-        PapermillExecutionError: the notebook failed.
+        PapermillExecutionError: a cell failed. nbclient.exceptions.DeadKernelError: the kernel died.
     """
     parameters = parameters or {}
     unknown = set(parameters) - known_parameters(notebook)
@@ -105,8 +108,9 @@ def run(notebook: Path, parameters: dict | None = None, build: Path | None = Non
     try:
         options = {"engine_name": "plain", "kernel_name": "python3", "progress_bar": False, "cwd": str(notebook.parent)}
         papermill.execute_notebook(str(notebook), str(working), parameters, **options)
-    except PapermillExecutionError:
-        working.replace(failed)
+    except BaseException:  # a failed cell, a dead kernel, Ctrl-C: what was reached is kept
+        if working.exists():
+            working.replace(failed)
         raise
     working.replace(done)
     return done
@@ -120,7 +124,7 @@ def rows() -> list[dict]:
         result = output("results") / f"{number}.json"
         record = json.loads(result.read_text()) if result.exists() else {"claims": []}
         out += [{"notebook": number} | claim for claim in record["claims"]]
-        if not (BUILD / "notebooks" / notebook.name).exists():
+        if not record["claims"] or not (BUILD / "notebooks" / notebook.name).exists():
             out.append(
                 {
                     "notebook": number,
@@ -138,7 +142,8 @@ def rows() -> list[dict]:
 def _failure(notebook: Path) -> str:
     failed = BUILD / "notebooks" / f"{notebook.stem}.failed.ipynb"
     if not failed.exists():
-        return f"{notebook.name} did not run"
+        ran = (BUILD / "notebooks" / notebook.name).exists()
+        return f"{notebook.name} {'ran but left no claims in results/' if ran else 'did not run'}"
     errors = [
         o
         for c in nbformat.read(failed, 4).cells
@@ -196,7 +201,12 @@ def report() -> bool:
     )
     BUILD.mkdir(exist_ok=True)
     write_atomically(BUILD / "report.html", page)
-    print(f"\n{summary}; the same with figures: build/report.html")
+    runs = [json.loads(path.read_text()) for path in sorted(output("results").glob("[0-9][0-9].json"))]
+    for r in runs:
+        print(
+            f"{r['notebook']}: data {r['data']}; {r['profile']}, seed {r['seed']}, {r['dtype']} on {r['device']}, commit {r['commit']}"
+        )
+    print(f"{summary}; the same with figures: build/report.html")
     return failed == 0
 
 
@@ -213,7 +223,7 @@ def main(arguments: list[str]) -> int:
             wanted = json.loads(file.read_text()) if file.exists() else {}
             try:
                 run(notebook, {k: v for k, v in wanted.items() if k in known_parameters(notebook)})
-            except PapermillExecutionError as error:
+            except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died
                 print(
                     f"{error}\nerror: {notebook.name} failed; kept with its traceback in build/notebooks/",
                     file=sys.stderr,

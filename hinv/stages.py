@@ -11,6 +11,7 @@ The paper keeps grad_xx f and its kin as third-order objects and contracts them 
 with b is already done, which is all that the algorithms ever use. A stage without parameters has p = 0.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,24 @@ def derivatives(stage: Stage, wrt_input: bool = True) -> Derivatives:
     return {"linear": _linear, "elementwise": _elementwise, "general": _general}[stage.kind](stage, wrt_input)
 
 
+def check(stage: Stage) -> None:
+    """Refuse a general stage that cannot be differentiated twice, by trying on its first two samples.
+
+    Raises:
+        ValueError: naming the stage, with torch's reason.
+    """
+    if stage.kind != "general":
+        return
+    few = dataclasses.replace(stage, inputs=stage.inputs[:2], outputs=stage.outputs[:2], b=stage.b[:2])
+    try:
+        _general(few, wrt_input=True)
+    except Exception as error:
+        raise ValueError(
+            f"{stage} cannot be differentiated twice, one sample at a time; write it with elementary operations "
+            f"(attention: under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). torch says: {error}"
+        ) from error
+
+
 def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
     """s_o = sum_i W_oi z_i + bias_o:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
     W, z, b = stage.module.weight.detach(), stage.inputs, stage.b
@@ -57,23 +76,24 @@ def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
     return Derivatives(J, W.new_zeros(p, p), W.expand(batch, a_out, a_in), F, W.new_zeros(batch, a_in, a_in))
 
 
-def _elementwise(stage: Stage, wrt_input: bool) -> Derivatives:
-    """z = sigma(s): A = diag(sigma'(s)), G = diag(b sigma''(s)), by differentiating the sum of all entries twice."""
+def elementwise(stage: Stage) -> tuple[Tensor, Tensor]:
+    """z = sigma(s) entry by entry: sigma'(s) and b sigma''(s), each (B, a), by differentiating the sum of all entries twice."""
     z = stage.inputs.detach().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(stage.module(z.clone()).sum(), z, create_graph=True)
         bend = torch.zeros_like(z)
         if slope.requires_grad:
             (bend,) = torch.autograd.grad(slope.sum(), z, materialize_grads=True)
-    slope, bend, b = slope.detach().flatten(1), bend.flatten(1), stage.b.flatten(1)
+    return slope.detach().flatten(1), stage.b.flatten(1) * bend.flatten(1)
+
+
+def _elementwise(stage: Stage, wrt_input: bool) -> Derivatives:
+    slope, bend = elementwise(stage)
     batch, a = slope.shape
-    return Derivatives(
-        J=slope.new_zeros(batch, a, 0),
-        E=slope.new_zeros(0, 0),
-        A=slope if wrt_input else None,
-        F=slope.new_zeros(batch, 0, a) if wrt_input else None,
-        G=b * bend if wrt_input else None,
-    )
+    J, E = slope.new_zeros(batch, a, 0), slope.new_zeros(0, 0)
+    if not wrt_input:
+        return Derivatives(J, E)
+    return Derivatives(J, E, A=slope, F=slope.new_zeros(batch, 0, a), G=bend)
 
 
 def _general(stage: Stage, wrt_input: bool) -> Derivatives:
@@ -106,7 +126,7 @@ def _general(stage: Stage, wrt_input: bool) -> Derivatives:
 def _check_against_autograd(stage: Stage, D: Derivatives) -> None:
     """One random second-order product of the blocks against plain double backward.
 
-    Not idle: in torch 2.14 torch.func.hessian of a LayerNorm is wrong by a third (its weight against its input), while
+    Not idle: in torch 2.14 torch.func.hessian of a LayerNorm is wrong in the first digit (its weight against its input), while
     double backward is right. A wrong block must not pass for a curvature.
 
     Raises:

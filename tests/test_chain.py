@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, reference_hessian, relative
 from torch import nn
 
 from hinv import Hessian
@@ -37,6 +37,14 @@ class Pair(nn.Module):
         return z, z
 
 
+class Attention(nn.Module):
+    """Fused attention over the units: torch cannot differentiate it twice."""
+
+    def forward(self, z):
+        q = z.reshape(len(z), 1, 1, -1)
+        return nn.functional.scaled_dot_product_attention(q, q, q).reshape(z.shape)
+
+
 class Owner(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(3, 2))
@@ -57,6 +65,22 @@ def tied():
 def twice():
     layer = nn.Linear(3, 3)
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2)).double()
+
+
+def hooked():
+    model = mlp(nn.Tanh())
+    model[1].register_forward_hook(lambda module, args, out: 2 * out)
+    return model
+
+
+def normed():
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 5).double()), nn.Tanh(), nn.Linear(5, 2).double()
+    )
+
+
+def attention():
+    return mlp(Attention())
 
 
 def nan_weight():
@@ -115,6 +139,66 @@ BAD = {
         ValueError,
         r"stage '1' \(Noise\) cannot be evaluated one sample at a time",
     ),
+    "hooked module": (hooked, CE, X, Y, ValueError, r"'1' \(Tanh\) has forward hooks.*remove them"),
+    "weight_norm, whose double backward is wrong": (
+        normed,
+        CE,
+        X,
+        Y,
+        ValueError,
+        "not symmetric, so it is wrong for one of stage '0'",
+    ),
+    "fused attention": (
+        attention,
+        CE,
+        X,
+        Y,
+        ValueError,
+        r"stage '1' \(Attention\) cannot be differentiated twice.*SDPBackend.MATH",
+    ),
+    "PReLU, whose vmapped double backward fails": (
+        lambda: mlp(nn.PReLU(5)),
+        CE,
+        X,
+        Y,
+        ValueError,
+        r"stage '1' \(PReLU\) cannot be",
+    ),
+    "complex parameters": (lambda: mlp().to(torch.complex128), CE, X, Y, TypeError, "'0.weight' is torch.complex128"),
+    "lazy layer": (
+        lambda: nn.Sequential(nn.LazyLinear(2, dtype=X.dtype)),
+        CE,
+        X,
+        Y,
+        ValueError,
+        "'0.weight' is not initialized",
+    ),
+    "outputs without units": (
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double(),
+        *(
+            nn.MSELoss(),
+            X,
+            X[:, 0],
+            ValueError,
+            "maps a batch of 4 to .4,.: each stage must map one tensor to one tensor, batch dimension first",
+        ),
+    ),
+    "inputs as a list": (mlp, CE, X.tolist(), Y, TypeError, "inputs must be a torch tensor, not list"),
+    "no targets": (mlp, CE, X, None, TypeError, "targets must be a torch tensor, not NoneType"),
+    "random loss": (
+        mlp,
+        lambda out, y: (out * torch.rand_like(out)).sum(),
+        X,
+        Y,
+        ValueError,
+        "the loss gives two values on the same outputs",
+    ),
+    "loss with a NaN gradient": (
+        mlp,
+        *(lambda out, y: ((out - out.detach()) ** 2).sum(1).sqrt().sum() + out.sum(), X, Y, ValueError),
+        "the loss's gradient or second derivative is NaN",
+    ),
+    "loss without second derivative": (mlp, nn.MultiMarginLoss(), X, Y, ValueError, "cannot be differentiated twice"),
     "two outputs": (
         lambda: mlp(Pair()),
         CE,
@@ -261,3 +345,36 @@ def test_the_model_is_left_alone_and_a_snapshot_is_kept():
             p.add_(1.0)
     x.zero_()
     assert torch.equal(H @ v, before)
+
+
+class InPlace(nn.Module):
+    def forward(self, z):
+        return z.mul_(2.0).tanh_()
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Mish(inplace=True), nn.SELU(inplace=True), InPlace(), nn.Sequential(nn.ReLU(inplace=True))]
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_modules_that_work_in_place_change_nothing(module, place):
+    """As first stage they must not overwrite the batch, as a middle one not what came before."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)]
+    model = nn.Sequential(*layers[:place], module, *layers[place:]).double()
+    x = X.clone()
+    H = Hessian(model, CE, x, Y)
+    assert torch.equal(x, X) and torch.equal(H.chain.inputs, X)
+    assert relative(H.dense(), reference_hessian(model, CE, X, Y)) < 1e-10
+    assert H.solve(H.gradient, 0.1).isfinite().all() and H.last_solve.residual < 1e-8
+
+
+def test_buffers_may_be_infinite():
+    """A causal attention mask holds -inf."""
+    model = mlp(nn.Tanh())
+    model[1].register_buffer("mask", torch.full((2,), -float("inf"), dtype=X.dtype))
+    assert Hessian(model, CE, X, Y).loss > 0
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="leave it first"):
+        Hessian(mlp(), CE, X, Y)

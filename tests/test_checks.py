@@ -30,9 +30,10 @@ def test_relative_error():
 
 
 def test_claims_are_recorded_with_their_context(output, capsys):
-    claims = checks.Claims("99", "a test", seed=7, data="digits")
+    claims = checks.Claims("99", "a test", seed=7, profile="quick", data="digits")
     claims.check("small enough", 1e-13, "<=", 1e-12, "(8)")
     claims.check("exactly", 3, "==", 3)
+    claims.check("share", 1.0, ">=", 0.75)
     claims.note(slope=1.0)
     claims.write()
     record = checks.read("99")
@@ -51,7 +52,8 @@ def test_claims_are_recorded_with_their_context(output, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "ok: small enough (<= 1e-12)",
         "ok: exactly (== 3)",
-        "ok: 2 claims of notebook 99 hold",
+        "ok: share (>= 0.75)",
+        "ok: 3 claims of notebook 99 hold",
     ]
 
 
@@ -59,7 +61,7 @@ def test_claims_are_recorded_with_their_context(output, capsys):
     ("measured", "relation", "bound"), [(2e-12, "<=", 1e-12), (float("nan"), "<=", 1.0), (2, "==", 3), (0.1, ">=", 0.5)]
 )
 def test_failed_claims_are_kept_and_raised(output, measured, relation, bound):
-    claims = checks.Claims("98", "a test", seed=0)
+    claims = checks.Claims("98", "a test", seed=0, profile="quick")
     claims.check("holds", 1.0, ">=", 0.5)
     claims.check("does not", measured, relation, bound)
     with pytest.raises(AssertionError, match="1 claims of notebook 98 failed: does not"):

@@ -118,8 +118,12 @@ def test_slow_download_is_stopped(home, monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def read(self, size):
+        def read1(self, size):
             time.sleep(0.02)
+            return b"x"
+
+        def read(self, size):  # would wait for the whole block
+            time.sleep(10)
             return b"x"
 
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: Slow())
@@ -139,8 +143,29 @@ def test_fallback_is_never_silent(home):
 
 def test_a_tree_without_this_split_is_not_read_as_classes(home):
     write_tree(home / "zoo", splits=("train",))
-    with pytest.raises(data.DataNotFound, match="no test images of 'zoo'"):
+    with pytest.raises(data.DataNotFound, match="zoo has no test images: it holds train"):
         data.load("zoo", "test")
+
+
+def test_splits_come_from_one_data_set(home):
+    """imagenet-a has only training images; imagenet-b, with other classes, must not lend it a test split."""
+    write_tree(home / "imagenet-a", splits=("train",))
+    write_tree(home / "imagenet-b", classes=("animal", "thing"))
+    assert data.load("imagenet", side=8).name == "imagenet-a"
+    with pytest.raises(data.DataNotFound, match="imagenet-a has no test images"):
+        data.load("imagenet", "test", side=8)
+
+
+def test_gray_weighs_the_colours(home):
+    (home / "colours" / "red").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(home / "colours" / "red" / "0.png")
+    assert data.load("colours", gray=True).x.mean().item() == pytest.approx(0.299, abs=1e-3)
+
+
+def test_bad_mirrors_are_passed_over(home, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://localhost:1/cifar.tar.gz")
+    with pytest.raises(data.DataNotFound, match=r"None: unknown url type.*localhost"):
+        data.load("cifar10", mirrors=("not a url",))
 
 
 @pytest.mark.parametrize(

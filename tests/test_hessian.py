@@ -1,5 +1,6 @@
 """The Hessian as a matrix: products, gradient, solves and their reports, against references on other channels."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from hinv import AccuracyWarning, Hessian
 from hinv.networks import tall_skinny
 
-METHODS = ("tridiagonal", "woodbury", "dense")
+METHODS = ("factor", "sparse", "tridiagonal", "woodbury", "dense")
 
 
 def test_dense_and_products_agree_with_functional_hessian(problem):
@@ -101,11 +102,11 @@ def test_cg_says_when_the_matrix_is_indefinite():
         H.solve(b, damping=1e-3, method="cg")
 
 
-def test_auto_is_tridiagonal_and_reports():
+def test_auto_takes_the_estimated_method_and_reports():
     H = Hessian(*build("tanh, cross-entropy"))
     H.solve(H.gradient)
     report = H.last_solve
-    assert (report.method, report.damping) == ("tridiagonal", 1e-2)
+    assert (report.method, report.damping) == (H.estimate().method, 1e-2)
     assert 0 <= report.residual <= 1e-8 and report.refinements <= 3
 
 
@@ -115,6 +116,51 @@ def test_residual_is_measured_not_assumed():
     D = reference_hessian(*build("tanh, cross-entropy")) + 0.1 * torch.eye(H.shape[0], dtype=H.dtype)
     measured = relative(D @ x, H.gradient)
     assert H.last_solve.residual < 1e-12 and measured < 1e-12
+
+
+def test_residual_is_independent_of_the_solver():
+    """Blocks one percent wrong: the algorithm solves another system, and the residual must say so."""
+    H = Hessian(*build("tanh, cross-entropy"))
+    wrong = [dataclasses.replace(layer, E=1.01 * layer.E, J=1.01 * layer.J) for layer in H.layers]
+    H.__dict__["layers"] = wrong
+    with pytest.warns(AccuracyWarning, match="not reached"):
+        H.solve(H.gradient, damping=0.1, method="tridiagonal", rtol=1e-10)
+    assert H.last_solve.residual > 1e-7
+
+
+def test_the_best_of_the_refinements_is_kept(monkeypatch):
+    H = Hessian(*build("tanh, cross-entropy"))
+    exact, calls = torch.linalg.inv(H.dense() + torch.eye(H.shape[0], dtype=H.dtype)), []
+
+    def first_good_then_harmful(b):
+        calls.append(1)
+        return 0.999 * exact @ b if len(calls) == 1 else -5.0 * exact @ b
+
+    monkeypatch.setitem(__import__("hinv.hessian").hessian.METHODS, "dense", lambda *_: first_good_then_harmful)
+    with pytest.warns(AccuracyWarning):
+        x = H.solve(H.gradient, damping=1.0, method="dense")
+    assert relative(x, exact @ H.gradient) < 2e-3
+
+
+def test_residual_is_the_worst_column(monkeypatch):
+    """One column right, one wrong and tiny: the tiny one counts."""
+    H = Hessian(*build("tanh, cross-entropy"))
+    exact = torch.linalg.inv(H.dense() + torch.eye(H.shape[0], dtype=H.dtype))
+    right = torch.tensor([1.0, 0.0], dtype=H.dtype)
+    monkeypatch.setitem(__import__("hinv.hessian").hessian.METHODS, "dense", lambda *_: lambda b: (exact @ b) * right)
+    b = torch.stack([H.gradient, 1e-9 * H.gradient], 1)
+    with pytest.warns(AccuracyWarning):
+        H.solve(b, damping=1.0, method="dense")
+    assert H.last_solve.residual == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", ["factor", "tridiagonal", "dense", "cg", "minres"])
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_scale_of_the_right_hand_side_does_not_matter(method, scale):
+    H = Hessian(*build("softplus, BCE"))
+    x = H.solve(H.gradient, damping=2.0, method=method)
+    assert relative(H.solve(scale * H.gradient, damping=2.0, method=method) / scale, x) < 1e-12
+    assert 0 < H.last_solve.residual <= 1e-8
 
 
 def test_unreached_rtol_warns_with_the_residual():
@@ -148,8 +194,14 @@ def test_exactly_singular_matrix_is_named(method):
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
     one = torch.ones(1, 1, dtype=torch.float64)
     H = Hessian(model, nn.MSELoss(), one, one)
-    with pytest.raises(torch.linalg.LinAlgError, match=r"singular.*damping"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"(singular|pivot is zero)"):
         H.solve(H.gradient, damping=-2.0, method=method)
+
+
+@pytest.mark.parametrize("method", ["auto", "factor", "tridiagonal", "cg"])
+def test_no_columns(method):
+    H = Hessian(*build("tanh, cross-entropy"))
+    assert H.solve(H.gradient[:, None][:, :0], method=method).shape == (H.shape[0], 0)
 
 
 def test_zero_right_hand_side_and_no_columns():
@@ -187,10 +239,13 @@ def test_bad_right_hand_sides(b, kind, message):
 
 def test_bad_options():
     H = Hessian(*build("tanh, cross-entropy"))
-    with pytest.raises(ValueError, match="unknown method 'newton': use 'auto', 'tridiagonal'"):
+    with pytest.raises(ValueError, match="unknown method 'newton': use 'auto', 'factor', 'sparse', 'tridiagonal'"):
         H.solve(H.gradient, method="newton")
     with pytest.raises(ValueError, match="damping must be a finite number"):
         H.solve(H.gradient, damping=float("nan"))
+    for rtol in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="rtol must be a positive number"):
+            H.solve(H.gradient, rtol=rtol)
     with pytest.raises(ValueError, match="the factor has shape"):
         H @ torch.ones(3, dtype=H.dtype)
 
@@ -204,6 +259,7 @@ def test_scipy_operator():
     top = sparse.eigsh(operator, k=1, which="LA", return_eigenvectors=False)[0]
     assert top == pytest.approx(np.linalg.eigvalsh(D)[-1], rel=1e-9)
     assert operator.dtype == np.float64
+    np.testing.assert_allclose(operator @ (v[:, 0] + 1j * v[:, 1]), D @ v[:, 0] + 1j * D @ v[:, 1], atol=1e-12)
 
 
 def test_repr_and_loss_of_a_loss_linear_in_the_parameters():

@@ -203,6 +203,33 @@ def test_storage_is_linear_in_depth():
         assert large == larger
 
 
+@pytest.mark.parametrize("method", ["tridiagonal", "woodbury"])
+def test_no_dense_array_of_the_whole(monkeypatch, method):
+    """No dense() and no factorization larger than one layer's group of unknowns."""
+    H = network((4, *[4] * 20, 3), batch=3)
+    largest = []
+    factor = torch.linalg.lu_factor_ex
+    monkeypatch.setattr(torch.linalg, "lu_factor_ex", lambda A: (largest.append(len(A)), factor(A))[1])
+    for name in ("solve", "inv", "solve_ex"):
+        monkeypatch.setattr(torch.linalg, name, lambda *_: pytest.fail("a dense solve"))
+    monkeypatch.setattr(paper.BlockMatrix, "dense", lambda *_: pytest.fail("a dense matrix"))
+    H.solve(H.gradient, 0.1, method=method)
+    group = (4 * 5 + 2 * 12) if method == "tridiagonal" else 2 * (4 * 5 + 12)
+    assert len(largest) == 21 and max(largest) <= group
+
+
+@pytest.mark.parametrize("width", [3, 4, 5, 7])
+@pytest.mark.parametrize("batch", [2, 4, 6, 9])
+def test_nullity_grows_with_the_last_hidden_width_and_the_batch(width, batch):
+    """(a - C + 1)(B - C + 1) for C = 4 classes where both are positive: a narrow last layer keeps Q regular at every batch."""
+    H = network((6, width, width, 4), batch)
+    m = paper.matrices(H, damping=0.1)
+    assert m.nullity == max(0, width - 3) * max(0, batch - 3)
+    if m.nullity == 0:
+        reference = torch.linalg.solve(H.dense() + 0.1 * torch.eye(H.shape[0], dtype=H.dtype), H.gradient)
+        assert relative(paper.four_steps(H, H.gradient, damping=0.1), reference) < 1e-8
+
+
 def test_literal_tensors_of_a_large_layer_are_refused():
     H = network((64, 32, 10), batch=32)
     with pytest.raises(MemoryError, match=r"uncontracted derivatives of layer 1 .* need .* bytes"):

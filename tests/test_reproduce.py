@@ -16,7 +16,7 @@ def project(tmp_path, monkeypatch):
     for name, value in {"ROOT": tmp_path, "NOTEBOOKS": tmp_path / "notebooks", "BUILD": tmp_path / "build"}.items():
         monkeypatch.setattr(reproduce, name, value)
     (tmp_path / "notebooks").mkdir()
-    good = "from hinv import checks\nclaims = checks.Claims('01', 'good', seed)\nclaims.check('below', value, '<=', 1.0, '(1)')\nclaims.write()"
+    good = "from hinv import checks\nclaims = checks.Claims('01', 'good', seed, profile)\nclaims.check('below', value, '<=', 1.0, '(1)')\nclaims.write()"
     write(tmp_path / "notebooks" / "01_good.ipynb", "profile = 'quick'\nseed = 0\nvalue = 0.5", good)
     write(tmp_path / "notebooks" / "02_bad.ipynb", "profile = 'quick'", "raise RuntimeError('the reason')")
     return tmp_path
@@ -56,6 +56,36 @@ def test_a_failed_claim_fails_the_report_although_it_passed_before(project, capf
         reproduce.run(notebook, {"value": 2.0})
     assert reproduce.report() is False
     assert "FAIL" in capfd.readouterr().out
+
+
+def test_a_run_without_results_is_a_failure_and_runs_again(project, capfd):
+    (project / "notebooks" / "02_bad.ipynb").unlink()
+    silent = project / "notebooks" / "03_silent.ipynb"
+    write(silent, "profile = 'quick'", "x = 1")
+    for notebook in ("01_good.ipynb", "03_silent.ipynb"):
+        reproduce.run(project / "notebooks" / notebook)
+    assert reproduce.report() is False
+    assert "03_silent.ipynb ran but left no claims in results/" in capfd.readouterr().out
+    (project / "results" / "01.json").unlink()
+    assert reproduce.report() is False
+    reproduce.write_parameters([])  # what make does first: the notebook without results must run again
+    assert not (project / "build" / "notebooks" / "01_good.ipynb").exists()
+
+
+def test_a_dead_kernel_is_a_failure(project, capfd):
+    write(project / "notebooks" / "02_bad.ipynb", "profile = 'quick'", "import os; os._exit(1)")
+    assert reproduce.main(["run", str(project / "notebooks" / "02_bad.ipynb")]) == 1
+    folder = project / "build" / "notebooks"
+    assert (folder / "02_bad.failed.ipynb").exists() and not (folder / "02_bad.running.ipynb").exists()
+    assert "02_bad.ipynb failed" in capfd.readouterr().err
+
+
+def test_stale_results_do_not_survive_a_failure(project):
+    (project / "results").mkdir()
+    (project / "results" / "02.json").write_text(json.dumps({"claims": [{"statement": "old", "passed": True}]}))
+    with pytest.raises(PapermillExecutionError):
+        reproduce.run(project / "notebooks" / "02_bad.ipynb")
+    assert not (project / "results" / "02.json").exists()
 
 
 def test_unknown_parameters_are_errors(project):

@@ -143,3 +143,19 @@ def test_derivatives_that_autograd_denies_are_refused():
         with pytest.raises(RuntimeError, match=r"stage '1' \(LayerNorm\): torch.func and autograd disagree"):
             _check_against_autograd(stage, wrong)
     _check_against_autograd(stage, D)
+
+
+@pytest.mark.parametrize("name", ["grad", "jacrev"])
+def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
+    """Not only does the check work: it is made. torch.func's answers are falsified by one percent."""
+    chain = Chain(*build("layernorm"))
+    stage = next(s for s in chain.stages if s.name == "1")
+    honest = getattr(torch.func, name)
+
+    def scaled(*args, **kwargs):
+        function = honest(*args, **kwargs)
+        return lambda *x: torch.utils._pytree.tree_map(lambda t: 1.01 * t, function(*x))
+
+    monkeypatch.setattr(f"hinv.stages.{name}", scaled)
+    with pytest.raises(RuntimeError, match="disagree"):
+        derivatives(stage)

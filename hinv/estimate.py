@@ -1,0 +1,112 @@
+"""What a factorization will cost, from shapes alone: flops and peak memory, before anything is allocated."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import heads
+from .chain import Chain
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted work of one factorization. `method` is the cheapest: "factor", "dual" (GGN) or "dense"."""
+
+    parameters: int
+    batch: int
+    method: str
+    flops: dict[str, float]  # by method
+    bytes: dict[str, int]  # peak, by method
+
+    def __str__(self) -> str:
+        flops, size = self.flops[self.method], self.bytes[self.method]
+        return (
+            f"{self.parameters:,} parameters, batch {self.batch}: method '{self.method}', about {flops:.2g} flops and "
+            f"{size / 2**20:,.0f} MiB at the peak"
+        )
+
+
+def estimate(chain: Chain, gauss_newton: bool) -> Estimate:
+    """Flops and peak bytes of factor, of the dense route, and for the Gauss-Newton matrix of the dual.
+
+    Per linear stage with n = a_out m, k = B a_in: n^3/3 + n^2 k + 2 n k^2 + O(B^2 a^3) flops, n^2 + n k numbers kept; two or three
+    matrices V of (B a)^2 alive at a time.
+    """
+    item = chain.outputs.element_size()
+    first = next(i for i, s in enumerate(chain.stages) if s.parameters)
+    live, batch = chain.stages[first:], len(chain.inputs)
+    P = sum(p.numel() for p in chain.parameters)
+    known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
+    flops, kept, peak, dual = 0.0, 0, 0, 0.0
+    classes = chain.outputs[0].numel()
+    for number in reversed(range(len(live))):
+        stage = live[number]
+        a_out, a_in, p = stage.outputs[0].numel(), stage.inputs[0].numel(), len(stage.x)
+        rows, k = batch * a_out, batch * a_in if number else 0
+        if stage.kind == "linear":
+            d = a_in + (stage.module.bias is not None)
+            m = min(batch, d)
+            dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
+            if known and stage is live[-1]:
+                side = batch + (a_in if number else 0)
+                flops += a_out * (m**3 / 3 + 2 * m * side * side) + 4 * batch * k * a_out * (a_in if number else 0)
+                keep = a_out * (m * (m + batch) + batch * a_in)
+                # basis and its copy, inner products, their reordered parts, left-hand factors; V three times
+                scratch = a_out * (2 * m * side + side * side + batch * (3 * a_in + 2 * batch) + a_in**2) + 3 * k * k
+            else:
+                n = a_out * m
+                flops += n**3 / 3 + n * n * k + 2 * n * k * k + 2.0 * (m * batch * a_out * rows + n * rows * m)
+                flops += 2.0 * rows * a_in * (rows + k) if number else 0
+                keep = n * n + n * k
+                # V before and after, N with X, its reordering and D^-1 X; or S with two copies while it is factored
+                scratch = rows * rows + max(k * k + 3 * n * k, 2 * n * rows + 2 * n * n)
+        elif stage.kind == "elementwise":
+            flops, keep, scratch = flops + 2.0 * rows * rows, 0, 2 * rows * rows
+        else:
+            flops += p**3 / 3 + p * p * k + 2 * p * k * k + 2.0 * (p * rows * a_out * batch + rows * rows * a_in)
+            flops += 2.0 * (rows + p) * (p + a_in) * batch * (a_out + p)  # torch.func
+            blocks = batch * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
+            keep, scratch = p * p + p * k + blocks, 2 * rows * rows + p * (rows + p + 2 * k) + 2 * k * k + blocks
+            dual += 2.0 * batch * classes * (a_out * (a_in + p) + p * batch * classes)
+        peak = max(peak, kept + keep + scratch)
+        kept += keep
+    # An upper bound: temporaries that are freed leave holes, so the resident peak was 0.8 to 1.9 times the numbers alive (glibc).
+    peak = 2 * peak
+    cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
+    size = {"factor": int(item * peak), "dense": item * 3 * P * P}
+    if gauss_newton:
+        cost["dual"] = dual + (batch * classes) ** 3 / 3
+        size["dual"] = item * (
+            3 * (batch * classes) ** 2 + 2 * batch * classes * sum(s.outputs[0].numel() for s in live)
+        )
+    # what a flop costs: an eigenvalue-free dense LU of one matrix runs at full speed, the recursion pays a fixed price a stage
+    overhead = {"factor": 3e7 * len(live), "dual": 1e7 * len(live), "dense": 2e7}
+    method = min(cost, key=lambda name: cost[name] + overhead[name])
+    return Estimate(P, batch, method, cost, size)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require(prediction: Estimate, method: str, device: torch.device) -> None:
+    """Refuse before allocating.
+
+    Raises:
+        MemoryError: parameters, batch, bytes needed and free, and what to reduce.
+    """
+    need, free = prediction.bytes[method], available(device)
+    if need > free:
+        raise MemoryError(
+            f"method '{method}' on {prediction.parameters:,} parameters and a batch of {prediction.batch} needs about {need:,} bytes; "
+            f"{free:,} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "
+            "float32, or an iterative method ('minres')"
+        )

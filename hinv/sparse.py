@@ -1,0 +1,133 @@
+"""The off-the-shelf peer: SciPy's SuperLU on the augmented system K, assembled as a sparse matrix.
+
+Unknowns of each parametric stage: its parameters x_l, its output y_l (for a linear stage the pre-activation) and its costate
+lambda_l; what lies between (activations, pooling) is composed into the next stage's input map T and curvature C:
+
+    (E + eps I) x + F T y' + J^T lambda       = g
+    -J x - A T y' + y                         = 0
+    lambda' - T^T F^T x - (C + T^T G T) y' - T^T A^T lambda = 0          (y', lambda': the stage before)
+
+SuperLU pivots across stages, so it also serves where a pivot of the stagewise elimination is close to singular, and at damping 0
+where H is regular.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.sparse.linalg import splu
+from torch import Tensor
+
+from . import heads
+from .chain import Chain, Stage
+from .stages import derivatives, elementwise
+
+
+def _blocks(tensor: Tensor) -> sp.csr_array:
+    """(B, r, c) -> block-diagonal (B r, B c); entries that are exactly zero are not stored."""
+    return sp.csr_array(sp.block_diag(list(tensor.double().cpu().numpy()), format="csr"))
+
+
+def _linear(stage: Stage, wrt_input: bool, gauss_newton: bool):
+    W, z = stage.module.weight.detach().double().cpu().numpy(), stage.inputs.double().cpu().numpy()
+    b = stage.b.double().cpu().numpy() * (not gauss_newton)
+    (batch, a_in), a_out = z.shape, len(W)
+    J = sp.csr_array(sp.vstack([sp.kron(sp.eye_array(a_out), row[None]) for row in z]))
+    bias = stage.module.bias is not None
+    if bias:
+        J = sp.hstack([J, sp.csr_array(sp.vstack([sp.eye_array(a_out)] * batch))])
+    if not wrt_input:
+        return J, None, None, None, None
+    F = sp.csr_array(sp.hstack([sp.kron(row[:, None], sp.eye_array(a_in)) for row in b]))
+    if bias:
+        F = sp.vstack([F, sp.csr_array((a_out, batch * a_in))])
+    return J, None, sp.csr_array(sp.kron(sp.eye_array(batch), W)), F, None
+
+
+def _general(stage: Stage, wrt_input: bool, gauss_newton: bool):
+    D = derivatives(stage, wrt_input)
+    E = None if gauss_newton else sp.csr_array(D.E.double().cpu().numpy())
+    J = sp.csr_array(D.J.flatten(0, 1).double().cpu().numpy())
+    if D.A is None:
+        return J, E, None, None, None
+    F = D.F.transpose(0, 1).flatten(1).double().cpu().numpy() * (not gauss_newton)
+    return J, E, _blocks(D.A), sp.csr_array(F), None if gauss_newton else _blocks(D.G)
+
+
+def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple[sp.csc_array, list[slice]]:
+    """K as a sparse matrix, and where each stage's parameters are among the unknowns."""
+    head = _blocks(heads.curvature(chain.loss, chain.outputs, chain.targets))
+    first = next(i for i, stage in enumerate(chain.stages) if stage.parameters)
+    entries, places, size = [], [], 0
+    T = C = before = (
+        None  # input map and curvature between the last outputs y' and this stage; where y' and lambda' start
+    )
+
+    def put(row: int, col: int, block) -> None:
+        if block is not None and block.nnz:
+            block = sp.coo_array(block)
+            entries.append((block.row + row, block.col + col, block.data))
+
+    def through(curvature):
+        return T.T @ curvature @ T
+
+    for stage in chain.stages[first:]:
+        if stage.kind == "elementwise" or not stage.parameters:
+            if stage.kind == "elementwise":
+                slope, bend = (t.double().cpu().numpy().ravel() for t in elementwise(stage))
+                A, G = (
+                    sp.dia_array((slope[None], [0]), shape=(slope.size,) * 2),
+                    sp.dia_array((bend[None], [0]), shape=(bend.size,) * 2),
+                )
+                G = None if gauss_newton else G
+            else:
+                _, _, A, _, G = _general(stage, True, gauss_newton)
+            C = C if G is None else C + through(G)
+            T = A @ T
+            continue
+        J, E, A, F, G = (_linear if stage.kind == "linear" else _general)(stage, before is not None, gauss_newton)
+        n, p = J.shape
+        x, y, costate = size, size + p, size + p + n
+        put(x, x, damping * sp.eye_array(p) if E is None else E + damping * sp.eye_array(p))
+        put(x, costate, J.T)
+        put(y, x, -J)
+        put(y, y, sp.eye_array(n))
+        if before is not None:
+            FT, AT = F @ T, A @ T
+            put(x, before[0], FT)
+            put(y, before[0], -AT)
+            put(before[1], x, -FT.T)
+            put(before[1], before[0], -(C if G is None else C + through(G)))
+            put(before[1], costate, -AT.T)
+        put(costate, costate, sp.eye_array(n))
+        places.append(slice(x, x + p))
+        before, size = (y, costate), costate + n
+        T, C = sp.csr_array(sp.eye_array(n)), sp.csr_array((n, n))
+    put(before[1], before[0], -(C + through(head)))
+    rows, cols, data = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+    return sp.csc_array((data, (rows, cols)), shape=(size, size)), places
+
+
+def factor(chain: Chain, damping: float, gauss_newton: bool = False) -> Callable[[Tensor], Tensor]:
+    """Factor K with SuperLU (float64); the result applies (H + damping I)^-1 to b (P,) or (P, k).
+
+    Raises:
+        torch.linalg.LinAlgError: K is exactly singular.
+    """
+    K, places = augmented(chain, damping, gauss_newton)
+    try:
+        lu = splu(K)
+    except RuntimeError as error:
+        raise torch.linalg.LinAlgError(
+            f"K is singular at damping {damping:g} ({error}): the damping is minus an eigenvalue; change it"
+        ) from error
+    index = np.concatenate([np.arange(place.start, place.stop) for place in places])
+
+    def solve(b: Tensor) -> Tensor:
+        columns = b.reshape(len(b), -1)
+        rhs = np.zeros((K.shape[0], columns.shape[1]))
+        rhs[index] = columns.double().cpu().numpy()
+        return torch.from_numpy(lu.solve(rhs)[index]).to(b).reshape(b.shape)
+
+    return solve
