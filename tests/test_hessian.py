@@ -276,3 +276,14 @@ def test_no_warning_on_a_healthy_solve():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         H.solve(H.gradient, damping=0.1)
+
+
+def test_products_that_are_not_symmetric_are_refused():
+    """As double backward through a wrong derivative rule gives them."""
+
+    class Wrong(Hessian):
+        def _product(self, v):
+            return super()._product(v) * torch.linspace(1.0, 1.01, len(v), dtype=v.dtype)
+
+    with pytest.raises(ValueError, match=r"not symmetric, so it is wrong for one of stage '1' \(LayerNorm\)"):
+        Wrong(*build("layernorm"))
