@@ -138,3 +138,20 @@ def dots(
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     sns.despine(figure)
     return figure
+
+
+def categories(
+    table: Sequence[Sequence[str]], rows: Sequence, columns: Sequence, ylabel: str, xlabel: str, title: str
+) -> Figure:
+    """A grid of named cells, one colour and the name in each."""
+    names = sorted({name for line in table for name in line})
+    figure, axis = plt.subplots(figsize=(1.3 * len(columns) + 1.6, 0.7 * len(rows) + 1.4), layout="constrained")
+    for i, line in enumerate(table):
+        for j, name in enumerate(line):
+            axis.add_patch(Rectangle((j, i), 1, 1, facecolor=PALETTE[names.index(name)], edgecolor="white", alpha=0.6))
+            axis.text(j + 0.5, i + 0.5, name, ha="center", va="center")
+    axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0), title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.set_xticks([j + 0.5 for j in range(len(columns))], [str(c) for c in columns])
+    axis.set_yticks([i + 0.5 for i in range(len(rows))], [str(r) for r in rows])
+    axis.tick_params(length=0)
+    return figure

@@ -107,6 +107,7 @@ def run(notebook: Path, parameters: dict | None = None, build: Path | None = Non
         stale.unlink(missing_ok=True)
     try:
         options = {"engine_name": "plain", "kernel_name": "python3", "progress_bar": False, "cwd": str(notebook.parent)}
+        options["extra_arguments"] = ["--IPKernelApp.log_level=40"]  # its note on TCP transport is no news here
         papermill.execute_notebook(str(notebook), str(working), parameters, **options)
     except BaseException:  # a failed cell, a dead kernel, Ctrl-C: what was reached is kept
         if working.exists():
