@@ -106,6 +106,11 @@ class Chain:
         """(B, ...) what the loss sees."""
         return self.stages[-1].outputs
 
+    @property
+    def live(self) -> list[Stage]:
+        """The stages from the first with parameters on; what comes before is a constant."""
+        return self.stages[next(i for i, stage in enumerate(self.stages) if stage.parameters) :]
+
     def _forward(self) -> list[Stage]:
         stages, z = [], self.inputs
         for name, module in _flatten(self.model):
@@ -138,7 +143,7 @@ class Chain:
     def _backward(self) -> None:
         """b_L from the loss, then b_{l-1} = A_l^T b_l stage by stage (eq:backprop)."""
         b = heads.gradient(self.loss, self.outputs, self.targets)
-        first = next(i for i, stage in enumerate(self.stages) if stage.parameters)
+        first = len(self.stages) - len(self.live)
         for i in range(len(self.stages) - 1, -1, -1):
             stage = self.stages[i]
             stage.b = b

@@ -28,12 +28,10 @@ class Dual:
         self.damping, batch = damping, len(chain.inputs)
         values, vectors = torch.linalg.eigh(heads.curvature(chain.loss, chain.outputs, chain.targets))
         delta = vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)  # (B, C, C): columns span Lambda_n = R_n R_n^T
-        first = next(i for i, stage in enumerate(chain.stages) if stage.parameters)
         size = batch * delta.shape[2]
         gram = delta.new_zeros(size, size)
         self.stages = []  # ("linear", delta, Zt) or ("dense", D): D_l^T D_l and products with D_l
-        for number in reversed(range(first, len(chain.stages))):
-            stage = chain.stages[number]
+        for number, stage in reversed(list(enumerate(chain.live))):
             if stage.kind == "linear":
                 z = stage.inputs
                 Zt = torch.cat([z, torch.ones_like(z[:, :1])], 1) if stage.module.bias is not None else z
@@ -41,16 +39,16 @@ class Dual:
                 inner = (Zt @ Zt.T).repeat_interleave(len(rows) // batch, 0).repeat_interleave(len(rows) // batch, 1)
                 gram.addcmul_(rows @ rows.T, inner)
                 self.stages.insert(0, ("linear", delta, Zt, stage.module.weight.shape))
-                delta = stage.module.weight.detach().T @ delta if number > first else None
+                delta = stage.module.weight.detach().T @ delta if number else None
             elif stage.kind == "elementwise":
                 delta = elementwise(stage)[0].unsqueeze(2) * delta
             else:
-                block = derivatives(stage, wrt_input=number > first)
+                block = derivatives(stage, wrt_input=number > 0)
                 if stage.parameters:
                     D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
                     gram += D.T @ D
                     self.stages.insert(0, ("dense", D))
-                delta = block.A.mT @ delta if number > first else None
+                delta = block.A.mT @ delta if number else None
         self.gram_logdet_size = size
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)

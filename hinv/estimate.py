@@ -38,8 +38,7 @@ def estimate(chain: Chain, gauss_newton: bool) -> Estimate:
     matrices V of (B a)^2 alive at a time.
     """
     item = chain.outputs.element_size()
-    first = next(i for i, s in enumerate(chain.stages) if s.parameters)
-    live, batch = chain.stages[first:], len(chain.inputs)
+    live, batch = chain.live, len(chain.inputs)
     P = sum(p.numel() for p in chain.parameters)
     known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
     flops, kept, peak, dual = 0.0, 0, 0, 0.0

@@ -365,8 +365,7 @@ class HeadPivot:
 
 def parts(chain: Chain, gauss_newton: bool = False) -> tuple[list[tuple[Stage, object]], Tensor | None]:
     """The structure of every stage from the first with parameters on, and V_L (None where a `Head` knows it). Computed once for all dampings."""
-    first = next(i for i, stage in enumerate(chain.stages) if stage.parameters)
-    live = [stage for stage in chain.stages[first:] if not isinstance(stage.module, RESHAPES)]
+    live = [stage for stage in chain.live if not isinstance(stage.module, RESHAPES)]
     known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
     out = []
     for number, stage in enumerate(live):

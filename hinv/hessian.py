@@ -44,7 +44,6 @@ class Curvature:
     """What Hessian and GGN share. A subclass says how to multiply (`_product`) and whether second derivatives count (`gauss_newton`)."""
 
     gauss_newton = False
-    name = "H"
 
     def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor):
         self.chain = Chain(model, loss, inputs, targets)
@@ -60,8 +59,7 @@ class Curvature:
         self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
         if not self.gradient.isfinite().all():
             raise ValueError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
-        first = next(i for i, stage in enumerate(self.chain.stages) if stage.parameters)
-        for stage in self.chain.stages[first:]:
+        for stage in self.chain.live:
             check(stage)
         self._prepare()
         self._check_products()
@@ -396,7 +394,6 @@ class GGN(Curvature):
     """
 
     gauss_newton = True
-    name = "GGN"
 
     def _prepare(self) -> None:
         with torch.enable_grad():  # J^T u is linear in u: its derivative along v is J v

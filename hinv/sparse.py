@@ -58,7 +58,6 @@ def _general(stage: Stage, wrt_input: bool, gauss_newton: bool):
 def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple[sp.csc_array, list[slice]]:
     """K as a sparse matrix, and where each stage's parameters are among the unknowns."""
     head = _blocks(heads.curvature(chain.loss, chain.outputs, chain.targets))
-    first = next(i for i, stage in enumerate(chain.stages) if stage.parameters)
     entries, places, size = [], [], 0
     T = C = before = (
         None  # input map and curvature between the last outputs y' and this stage; where y' and lambda' start
@@ -72,7 +71,7 @@ def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple
     def through(curvature):
         return T.T @ curvature @ T
 
-    for stage in chain.stages[first:]:
+    for stage in chain.live:
         if stage.kind == "elementwise" or not stage.parameters:
             if stage.kind == "elementwise":
                 slope, bend = (t.double().cpu().numpy().ravel() for t in elementwise(stage))
