@@ -70,13 +70,13 @@ class Dual:
 
     def solve(self, b: Tensor) -> Tensor:
         """(GGN + damping I)^-1 b for b (P,) or (P, k)."""
-        g = b.reshape(len(b), -1)
+        g = b.reshape(len(b), -1).to(self.L.dtype)
         inner = sum(
             self._transpose(stage, piece) for stage, piece in zip(self.stages, g.split(self.sizes), strict=True)
         )
         w = torch.cholesky_solve(inner, self.L)
         Dw = torch.cat([self._apply(stage, w) for stage in self.stages])
-        return ((g - Dw) / self.damping).reshape(b.shape)
+        return ((g - Dw) / self.damping).reshape(b.shape).to(b.dtype)
 
     def _transpose(self, stage: tuple, g: Tensor) -> Tensor:
         """D_l^T g (BC, k)."""

@@ -31,13 +31,13 @@ class Estimate:
         )
 
 
-def estimate(chain: Chain, gauss_newton: bool) -> Estimate:
-    """Flops and peak bytes of factor, of the dense route, and for the Gauss-Newton matrix of the dual.
+def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
+    """Flops and peak bytes of factor in this dtype, of the dense route, and for the Gauss-Newton matrix of the dual.
 
     Per linear stage with n = a_out m, k = B a_in: n^3/3 + n^2 k + 2 n k^2 + O(B^2 a^3) flops, n^2 + n k numbers kept; two or three
     matrices V of (B a)^2 alive at a time.
     """
-    item = chain.outputs.element_size()
+    item = dtype.itemsize
     live, batch = chain.live, len(chain.inputs)
     P = sum(p.numel() for p in chain.parameters)
     known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None

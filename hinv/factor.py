@@ -399,6 +399,7 @@ class Factor:
                 ) from error
             self.pivots.append(pivot)
         self.sizes = [part.p for _, part in stages]
+        self.dtype = stages[0][0].inputs.dtype
 
     @property
     def inertia(self) -> tuple[int, int, int]:
@@ -414,9 +415,9 @@ class Factor:
     def solve(self, b: Tensor) -> Tensor:
         """(H + damping I)^-1 b for b (P,) or (P, k): one sweep back and one forth, without refinement."""
         r, kept = None, []
-        pieces = b.reshape(len(b), -1).split(self.sizes)
+        pieces = b.reshape(len(b), -1).to(self.dtype).split(self.sizes)
         if not isinstance(self.pivots[0], HeadPivot):
-            r = b.new_zeros(self.rows, pieces[0].shape[1])
+            r = pieces[0].new_zeros(self.rows, pieces[0].shape[1])
         for pivot, g in zip(self.pivots, reversed(pieces), strict=True):
             h, r = pivot.backward(r, g)
             kept.append(h)
@@ -424,4 +425,4 @@ class Factor:
         for pivot, h in zip(reversed(self.pivots), reversed(kept), strict=True):
             step, y = pivot.forward(h, y)
             x.append(step)
-        return torch.cat(x).reshape(b.shape)
+        return torch.cat(x).reshape(b.shape).to(b.dtype)

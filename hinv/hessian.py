@@ -166,7 +166,7 @@ class Curvature:
 
         Nothing is allocated. The cost does not depend on the damping.
         """
-        return estimate(self.chain, self.gauss_newton)
+        return estimate(self.chain, self.gauss_newton, self.dtype)
 
     def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None) -> Factor | Dual:
         """Factor H + damping I once, for many right-hand sides, its inertia and its determinant.
@@ -186,12 +186,13 @@ class Curvature:
             MemoryError: the estimate exceeds the free memory; says what to reduce. Nothing was allocated.
         """
         damping = self._checked_damping(damping)
-        prediction = self.estimate(damping)
+        dtype = dtype or self.dtype
+        prediction = estimate(self.chain, self.gauss_newton, dtype)
         if prediction.method == "dual" and damping > 0:
             require(prediction, "dual", self.device)
-            return Dual(self.chain, damping)
+            return Dual(_converted(self.chain, dtype), damping)
         require(prediction, "factor", self.device)
-        return Factor(self._structure(dtype or self.dtype), damping)
+        return Factor(self._structure(dtype), damping)
 
     def _structure(self, dtype: torch.dtype) -> tuple:
         if dtype not in self._structures:
@@ -411,11 +412,8 @@ class GGN(Curvature):
 
 
 def _factor(H: Curvature, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
-    """The stagewise elimination, in float64 arithmetic whatever the model's dtype."""
-    factor = H.factor(damping, dtype=torch.float64)
-    if isinstance(factor, Dual):
-        return factor.solve
-    return lambda b: factor.solve(b.double()).to(b.dtype)
+    """The stagewise elimination or the dual, in float64 arithmetic whatever the model's dtype."""
+    return H.factor(damping, dtype=torch.float64).solve
 
 
 # name -> (H, damping, rtol) -> (b -> x)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hinv
-from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, sparse
+from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, hessian, sparse
 from hinv.dual import Dual
 from hinv.networks import tall_skinny
 
@@ -274,8 +274,6 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     exact = torch.linalg.inv(shifted(H.dense(), 0.1))
     u = torch.randn(len(exact), 2, generator=torch.Generator().manual_seed(0), dtype=exact.dtype)
     spoilt = exact + u @ u.T  # wrong in two directions: refinement diverges, GMRES needs a few steps
-    from hinv import hessian
-
     monkeypatch.setitem(hessian.METHODS, "factor", lambda *_: lambda b: spoilt @ b)
     H.solve(H.gradient, damping=0.1)
     assert H.last_solve.method == "factor+gmres" and H.last_solve.residual < 1e-8
@@ -360,6 +358,21 @@ def test_float32_models():
     assert double.logdet[1] == pytest.approx(exact.factor(1.0).logdet[1], rel=1e-12)
     assert single.solve(H.gradient).dtype == torch.float32
     assert relative(single.solve(H.gradient).double(), exact.solve(exact.gradient, 1.0)) < 1e-2
+
+
+def test_float32_gauss_newton_in_float64():
+    """The dtype reaches the dual and the recursion, the estimate counts it, and right-hand sides keep their own."""
+    x, y = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    G = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32), nn.CrossEntropyLoss(), x, y)
+    exact = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32).double(), nn.CrossEntropyLoss(), x.double(), y)
+    reference = torch.linalg.solve(shifted(exact.dense(), 1e-3), exact.gradient)
+    for F in (Dual(hessian._converted(G.chain, torch.float64), 1e-3), factor.Factor(G._structure(torch.float64), 1e-3)):
+        assert relative(F.solve(exact.gradient), reference) < 1e-9
+        assert F.solve(G.gradient).dtype == torch.float32
+    double = G.factor(1e-3, dtype=torch.float64)
+    assert relative(double.solve(exact.gradient), reference) < 1e-9
+    single = estimate.estimate(G.chain, True, torch.float32).bytes
+    assert all(estimate.estimate(G.chain, True, torch.float64).bytes[name] == 2 * single[name] for name in single)
 
 
 def test_methods_of_the_paper_are_for_the_hessian():
