@@ -12,11 +12,13 @@ and forwards, y_0 = 0:  x_l = h_l - S_l^-1 N_l y_{l-1},  y_l = A_l y_{l-1} + J_l
 linear-quadratic control problem (state y, control x, costate lambda). V, S, N do not depend on g. By congruence the inertia of H + eps I is the sum of
 the inertias of the S_l, and log|det| the sum of theirs.
 
-Parts (one for each stage) exploit what a layer is. Shapes: V is (B a, B a), rows numbered (sample, unit); r and y are (B a, k).
+Parts (one for each stage) exploit what a layer is. Shapes: V is (B a, B a), rows numbered as the flattened activations of the whole batch; r and y
+are (B a, k).
 
 `Linear`. A batch excites only the span of its inputs. With Zt = [Z, 1] (B x d) and the thin QR Zt^T = Q R, m = min(B, d), the rotated weights
 W Q (a_out x m) are the only ones V sees; S is m a_out square, whatever a_in. The rest of the weights sees eps and F alone:
 its pivots are all eps, a_out (d - m) of them, and it is eliminated in closed form.
+`Conv2d`. The same map of patches to channels at every position, its weights shared: J^T V J by two products with the patches.
 `Head`. The last linear stage under a loss whose Hessian is diag(w_n) - u_n u_n^T for each sample (cross-entropy, squared error, binary cross-entropy):
 S is C blocks of m x m minus a term of rank B, factored as such; nothing of size (C m)^2 or (B C)^2 exists.
 `Diagonal`. An elementwise stage. `Dense`. Anything else, with the blocks of `stages.derivatives`.
@@ -27,20 +29,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import heads
 from .chain import Chain, Stage
 from .stages import derivatives, elementwise
-from .symmetric import SingularPivotError, Symmetric
+from .symmetric import SMALL, SingularPivotError, Symmetric, factored
 
 
 class SingularShiftError(torch.linalg.LinAlgError):
     """H + damping I cannot be factored at this damping: a pivot is zero to working precision."""
 
 
-def _symmetric_flops(n: int, k: int) -> float:
-    """Factor S (n x n), half(N) for N (n x k), and V - N^T S^-1 N."""
-    return n**3 / 3 + n * n * k + 2 * n * k * k
+def _each(M: Tensor, X: Tensor) -> Tensor:
+    """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each."""
+    return torch.bmm(M.expand(len(X), *M.shape), X)
 
 
 # -- parts: what does not depend on the damping, computed once ---------------------------------------------------------
@@ -53,10 +56,11 @@ class Diagonal:
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
         slope, bend = elementwise(stage)
-        self.slope, self.bend = slope.reshape(-1, 1), None if gauss_newton else bend.flatten()
+        self.slope, self.row = slope.reshape(-1, 1), slope.reshape(1, -1)
+        self.bend = None if gauss_newton else bend.flatten()
 
-    def eliminate(self, V: Tensor, damping: float) -> tuple["Diagonal", Tensor]:
-        V = V.mul_(self.slope).mul_(self.slope.T)
+    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Diagonal", Tensor]:
+        V = V.mul_(self.slope).mul_(self.row)
         if self.bend is not None:
             V.diagonal().add_(self.bend)
         return self, V
@@ -70,111 +74,259 @@ class Diagonal:
         return y[:0], self.slope * y
 
 
-class Dense:
+class Part:
+    """A stage with parameters. Subclasses give its blocks at a given V and its products with vectors."""
+
+    p: int  # parameters
+    perp = 0  # how many of them the batch does not excite
+
+    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Pivot", Tensor | None]:
+        S, N, V = self.blocks(V)
+        S.diagonal().add_(damping)
+        self.eliminate_perp(V, damping)
+        S = factored(S, try_cholesky)
+        return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
+
+    def eliminate_perp(self, V: Tensor | None, damping: float) -> None:
+        if not self.perp:
+            return
+        if damping == 0:
+            raise SingularPivotError(
+                "the weights that the batch does not excite have no curvature of their own, and the damping is 0"
+            )
+        if V is not None:
+            self.add_perp(V, -1.0 / damping)
+
+    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """J^T V J + E, J^T V A + F and A^T V A + G, new arrays; the last two None for the first stage."""
+        raise NotImplementedError
+
+    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        """J^T r and A^T r."""
+        raise NotImplementedError
+
+    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """J x + A y."""
+        raise NotImplementedError
+
+    def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A vector in the order of the parameters (p, k) -> in the order of S, and its part beyond the span of the batch."""
+        return g, None
+
+    def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
+        return x
+
+
+class Dense(Part):
     """Any stage: per-sample blocks A, J, F, G and E as `stages.derivatives` gives them."""
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
         D = derivatives(stage, wrt_input)
-        self.J, self.A = D.J, D.A
+        self.J, self.A = D.J.flatten(0, 1), D.A
         self.E, self.F, self.G = (None, None, None) if gauss_newton else (D.E, D.F, D.G)
-        self.p = D.J.shape[2]
+        self.p = self.J.shape[1]
 
-    def eliminate(self, V: Tensor, damping: float) -> tuple["DensePivot", Tensor | None]:
-        J = self.J.flatten(0, 1)
-        JV = J.T @ V
-        S = JV @ J
-        S.diagonal().add_(damping)
+    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        JV = self.J.T @ V
+        S = JV @ self.J
         if self.E is not None:
             S += self.E
-        S = Symmetric(S)
         if self.A is None:
-            return DensePivot(self, S, None), None
+            return S, None, None
         batch, a_out, a_in = self.A.shape
-        N = torch.einsum("pno,noi->pni", JV.reshape(self.p, batch, a_out), self.A)
+        N = torch.einsum("pno,noi->pni", JV.view(self.p, batch, a_out), self.A)
         VA = torch.einsum("vno,noi->vni", V.reshape(-1, batch, a_out), self.A).reshape(batch, a_out, batch * a_in)
-        V = (self.A.mT @ VA).reshape(batch * a_in, batch * a_in)
+        V = (self.A.mT @ VA).view(batch * a_in, batch * a_in)
         if self.G is not None:
             N += self.F.transpose(0, 1)
             V.view(batch, a_in, batch, a_in).diagonal(dim1=0, dim2=2).add_(self.G.permute(1, 2, 0))
-        X = S.half(N.reshape(self.p, batch * a_in))
-        return DensePivot(self, S, X), V.addmm_(X.T, S.over_D(X), alpha=-1.0)
+        return S, N.reshape(self.p, batch * a_in), V
+
+    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        A = self.A
+        return self.J.T @ r, None if A is None else (A.mT @ r.view(*A.shape[:2], -1)).flatten(0, 1)
+
+    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+        moved = self.J @ x
+        if y is not None:
+            moved += (self.A @ y.view(self.A.shape[0], self.A.shape[2], -1)).flatten(0, 1)
+        return moved
 
 
-class Linear:
-    """s = W z + bias with rotated weights; see the module's description. rows: (sample, unit), parameters (j, unit)."""
+class Linear(Part):
+    """s = W z + bias with rotated weights; see the module's description. Rows of V: (sample, unit); of S: (j, unit), j numbering the columns of Q.
+
+    The rotation also sorts S by size: without it, or with any other basis of the same span, small dampings cost two digits.
+    """
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        module, Z = stage.module, stage.inputs
-        self.W, self.bias, self.wrt_input = module.weight.detach(), module.bias is not None, wrt_input
-        Zt = torch.cat([Z, torch.ones_like(Z[:, :1])], 1) if self.bias else Z
-        self.Q, self.R = torch.linalg.qr(Zt.T)  # (d, m), (m, B)
+        self._set(stage, stage.inputs, gauss_newton, wrt_input)
+        n, k = self.m * self.a_out, self.batch * self.fan_in
+        self.F = self.outer = None
+        if self.curved and k * max(n, k) <= SMALL**2:  # kept whole where a broadcast costs more than the numbers
+            self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(-1, self.fan_in)
+            self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
+
+    def _set(self, stage: Stage, rows: Tensor, gauss_newton: bool, wrt_input: bool) -> None:
+        """rows: (B, a_in) inputs, or the patches of a convolution."""
+        self.wrt_input, self.curved = wrt_input, wrt_input and not gauss_newton  # curved: whether F counts
+        self.W, self.bias = stage.module.weight.detach().flatten(1), stage.module.bias is not None
         self.e = torch.zeros_like(stage.b) if gauss_newton else stage.b
-        (self.a_out, self.a_in), (self.d, self.m), self.batch = self.W.shape, self.Q.shape, len(Z)
-        self.Q_in = self.Q[: self.a_in]  # rows of the weights, without the bias's
-        self.perp = self.a_out * (self.d - self.m)
-        self.p = self.a_out * self.d
-        self.curved = not gauss_newton  # whether F counts
+        (self.a_out, self.fan_in), self.batch = self.W.shape, len(stage.inputs)
+        Zt = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
+        self.Q, self.R = torch.linalg.qr(Zt.T)  # (d, m), (m, B)
+        (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
+        self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
 
-    def eliminate(self, V: Tensor, damping: float) -> tuple["LinearPivot", Tensor | None]:
-        rows, (batch, a_out, a_in, m) = len(V), (self.batch, self.a_out, self.a_in, self.m)
-        RV = (self.R @ V.reshape(batch, a_out * rows)).reshape(m * a_out, rows)  # J^T V
-        S = (self.R @ RV.T.reshape(batch, -1)).reshape(m * a_out, m * a_out)
-        S.diagonal().add_(damping)
-        S = Symmetric(S)
+    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        JV, n = self.J_T(V), self.m * self.a_out
+        S = _each(self.R, self.middle(JV)).view(n, n)
         if not self.wrt_input:
-            return LinearPivot(self, S, None, damping), None
-        N = (RV.reshape(-1, a_out) @ self.W).reshape(m * a_out, batch * a_in)
-        del RV
-        V = (V.reshape(-1, a_out) @ self.W).reshape(batch, a_out, -1)
-        V = (self.W.T @ V).reshape(batch * a_in, batch * a_in)
-        if self.curved:  # F in rotated weights: ((j, o), (n, k)) = e_n[o] Q[k, j]
-            N.view(m, a_out, batch, a_in).addcmul_(self.e.T[None, :, :, None], self.Q_in.T[:, None, None, :])
-            self.subtract_perp(V, damping)
-        X = S.half(N)
-        del N
-        return LinearPivot(self, S, X, damping), V.addmm_(X.T, S.over_D(X), alpha=-1.0)
+            return S, None, None
+        N = self.plus_F(JV)
+        del JV
+        return S, N, self.A_T(self.times_A(V))
 
-    def subtract_perp(self, V: Tensor, damping: float) -> None:
-        """V -= (e e^T) kron (I - Q Q^T) / damping: what eliminating the weights that the batch does not excite does to V."""
-        if self.perp:
-            if damping == 0:
-                raise SingularPivotError(
-                    "the weights that the batch does not excite have no curvature of their own, and the damping is 0"
-                )
-            rest = torch.eye(self.a_in).to(V) - self.Q_in @ self.Q_in.T
-            ee = (self.e @ self.e.T)[:, None, :, None]
-            V.view(self.batch, self.a_in, self.batch, self.a_in).addcmul_(
-                ee, rest[None, :, None, :], value=-1.0 / damping
-            )
+    def plus_F(self, JV: Tensor) -> Tensor:
+        """J^T V A + F; in rotated weights F ((j, o), (n, k)) = e_n[o] Q[k, j]."""
+        if self.F is not None:
+            return torch.addmm(self.F, JV.view(-1, self.a_out), self.W).view(len(JV), -1)
+        N = self.times_A(JV)
+        if self.curved:
+            rows = N.view(self.m, self.a_out, self.batch, self.fan_in)
+            rows.addcmul_(self.e.T[None, :, :, None], self.Q_in.T[:, None, None, :])
+        return N
+
+    # rows of V, and the order (sample, position; unit) in which R meets them: the same here, not for a convolution
+
+    def first(self, r: Tensor) -> Tensor:
+        """(B a_out, k) -> (B, a_out k)."""
+        return r.view(self.batch, -1)
+
+    def middle(self, X: Tensor) -> Tensor:
+        """(n, B a_out) -> (n, B, a_out)."""
+        return X.view(-1, self.batch, self.a_out)
+
+    def flat(self, X: Tensor, k: int) -> Tensor:
+        """(B, a_out k) -> (B a_out, k)."""
+        return X.view(-1, k)
+
+    def J_T(self, r: Tensor) -> Tensor:
+        return (self.R @ self.first(r)).view(self.m * self.a_out, -1)
+
+    def A_T(self, r: Tensor) -> Tensor:
+        return _each(self.W.T, r.view(self.batch, self.a_out, -1)).view(self.batch * self.fan_in, -1)
+
+    def A(self, y: Tensor) -> Tensor:
+        return _each(self.W, y.view(self.batch, self.fan_in, -1)).view(self.batch * self.a_out, -1)
+
+    def times_A(self, X: Tensor) -> Tensor:
+        """X A for X (r, B a_out)."""
+        return (X.view(-1, self.a_out) @ self.W).view(X.shape[0], -1)
+
+    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.J_T(r), self.A_T(r) if self.wrt_input else None
+
+    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+        k = x.shape[1]
+        moved = self.flat(self.R.T @ x.reshape(self.m, -1), k)
+        return moved if y is None else moved.add_(self.A(y))
 
     # vectors: g (p, k) in the order of the parameters <-> rotated (m a_out, k) and the perpendicular rest (a_out, d, k)
 
     def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        k = g.shape[1]
-        full = g[: self.a_out * self.a_in].reshape(self.a_out, self.a_in, k)
+        k, weights = g.shape[1], self.W.numel()
+        full = g[:weights].reshape(self.a_out, self.fan_in, k)
         if self.bias:
-            full = torch.cat([full, g[self.a_out * self.a_in :].reshape(self.a_out, 1, k)], 1)
-        par = torch.einsum("odk,dj->jok", full, self.Q)
-        rest = full - torch.einsum("jok,dj->odk", par, self.Q) if self.perp else None
-        return par.reshape(self.m * self.a_out, k), rest
+            full = torch.cat([full, g[weights:].reshape(self.a_out, 1, k)], 1)
+        par = _each(self.Q.T, full)
+        rest = full - _each(self.Q, par) if self.perp else None
+        return par.transpose(0, 1).reshape(self.m * self.a_out, k), rest
 
-    def put_together(self, par: Tensor, rest: Tensor | None) -> Tensor:
-        full = torch.einsum("jok,dj->odk", par.reshape(self.m, self.a_out, -1), self.Q)
+    def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
+        k = x.shape[1]
+        full = _each(self.Q, x.reshape(self.m, self.a_out, k).transpose(0, 1))
         if rest is not None:
             full += rest
-        weights = full[:, : self.a_in].reshape(self.a_out * self.a_in, -1)
-        return torch.cat([weights, full[:, self.a_in]]) if self.bias else weights
+        weights = full[:, : self.fan_in].reshape(self.W.numel(), k)
+        return torch.cat([weights, full[:, self.fan_in]]) if self.bias else weights
+
+    # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
 
     def F_rest(self, y: Tensor) -> Tensor:
-        """(a_out, d, k): the perpendicular part of F y, (sum_n e_n y_n^T) (I - Q Q^T)."""
-        moved = torch.einsum("no,nik->oik", self.e, y.reshape(self.batch, self.a_in, -1))
+        """(a_out, d, k): the perpendicular part of F y."""
+        moved = (self.e.T @ y.view(self.batch, -1)).view(self.a_out, self.fan_in, -1)
         if self.bias:
             moved = torch.cat([moved, torch.zeros_like(moved[:, :1])], 1)
-        return moved - torch.einsum("odk,dj,ij->oik", moved, self.Q, self.Q)
+        return moved - _each(self.Q, _each(self.Q.T, moved))
 
     def F_rest_T(self, rest: Tensor) -> Tensor:
         """(B a_in, k): its transpose, applied to a vector that is perpendicular already."""
-        return torch.einsum("no,oik->nik", self.e, rest[:, : self.a_in]).reshape(self.batch * self.a_in, -1)
+        k = rest.shape[2]
+        return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).view(self.batch * self.fan_in, k)
+
+    def beyond(self) -> Tensor:
+        """I - Q Q^T on the weights of one unit."""
+        return torch.eye(self.fan_in).to(self.Q) - self.Q_in @ self.Q_in.T
+
+    def add_perp(self, V: Tensor, factor: float) -> None:
+        """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
+        if self.outer is not None:
+            V.add_(self.outer, alpha=factor)
+        elif self.curved:
+            blocks = V.view(self.batch, self.fan_in, self.batch, self.fan_in)
+            blocks.addcmul_((self.e @ self.e.T)[:, None, :, None], self.beyond()[None, :, None, :], value=factor)
+
+
+class Conv2d(Linear):
+    """The same map of patches to channels at every position; patches take the place of samples. Rows of V: (sample, channel, position).
+
+    Only for B L >= d (L positions): a batch of images excites all weights.
+    """
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        module = stage.module
+        self.weight, self.shape_in, self.shape_out = module.weight.detach(), stage.inputs.shape, stage.outputs.shape
+        self.options = {"stride": module.stride, "padding": _padding(module), "dilation": module.dilation}
+        self.positions = self.shape_out[2:].numel()
+        patches = functional.unfold(stage.inputs, module.kernel_size, **self.options)  # (B, d, L)
+        self._set(stage, patches.mT.flatten(0, 1), gauss_newton, wrt_input)
+
+    def first(self, r: Tensor) -> Tensor:
+        r = r.reshape(self.batch, self.a_out, self.positions, -1).transpose(1, 2)
+        return r.reshape(self.batch * self.positions, -1)
+
+    def middle(self, X: Tensor) -> Tensor:
+        X = X.view(-1, self.a_out, self.positions).mT
+        return X.reshape(-1, self.batch * self.positions, self.a_out)
+
+    def flat(self, X: Tensor, k: int) -> Tensor:
+        return X.view(self.batch, self.positions, self.a_out, k).transpose(1, 2).reshape(-1, k)
+
+    def A_T(self, r: Tensor) -> Tensor:
+        return self.times_A(r.T).T.contiguous()
+
+    def A(self, y: Tensor) -> Tensor:
+        images = y.T.reshape(-1, *self.shape_in[1:])
+        return functional.conv2d(images, self.weight, **self.options).view(y.shape[1], -1).T
+
+    def times_A(self, X: Tensor) -> Tensor:
+        return self._transposed(X.reshape(-1, *self.shape_out[1:]), self.weight).view(X.shape[0], -1)
+
+    def _transposed(self, images: Tensor, kernels: Tensor) -> Tensor:
+        """The transpose of the convolution with these kernels, on (N, channels out, height, width)."""
+        shape = (len(images), kernels.shape[1], *self.shape_in[2:])
+        return nn.grad.conv2d_input(shape, kernels, images, **self.options)
+
+    def plus_F(self, JV: Tensor) -> Tensor:
+        """dW meets dz where b is: F[(j, o), n] is the transposed convolution of channel o of the backward signal b_n with column j of Q."""
+        N = self.times_A(JV)
+        if self.curved:
+            kernels = self.Q_in.T.reshape(self.m, *self.weight.shape[1:])
+            signals = self.e.transpose(0, 1).reshape(-1, 1, *self.shape_out[2:])  # (a_out B, 1, height, width)
+            for kernel, rows in zip(kernels, N.view(self.m, -1), strict=True):
+                rows += self._transposed(signals, kernel.unsqueeze(0)).flatten()
+        return N
 
 
 class Head(Linear):
@@ -193,20 +345,21 @@ class Head(Linear):
             if u is not None:
                 self.M -= u.unsqueeze(2) * (u @ self.W).unsqueeze(1)
 
-    def eliminate(self, V: None, damping: float) -> tuple["HeadPivot", Tensor | None]:
+    def eliminate(self, V: None, damping: float, try_cholesky: bool) -> tuple["HeadPivot", Tensor | None]:
         R, w, e, m = self.R, self.w, self.e, self.m
         T = (R * w.T.unsqueeze(1)) @ R.T  # (C, m, m)
         T.diagonal(dim1=1, dim2=2).add_(damping)
-        T = Symmetric(T)
+        T = factored(T)
         K = U = None
         if self.u is not None:
             U = T.half(R * self.u.T.unsqueeze(1))  # (C, m, B)
             K = -(U.flatten(0, 1).T @ T.over_D(U).flatten(0, 1))
             K.diagonal().add_(1.0)
-            K = Symmetric(K)
+            K = factored(K)
         if not self.wrt_input:
+            self.eliminate_perp(None, damping)
             return HeadPivot(self, T, K, U, damping), None
-        batch, classes, a = self.batch, self.a_out, self.a_in
+        batch, classes, a = self.batch, self.a_out, self.fan_in
         basis = T.half(torch.cat([self.Q_in.T, R], 1).expand(classes, m, a + batch))
         inner = basis.mT @ T.over_D(basis)  # (C, a + B, a + B)
         QQ, QR, RR = inner[:, :a, :a], inner[:, :a, a:], inner[:, a:, a:]
@@ -224,10 +377,8 @@ class Head(Linear):
         if K is not None:
             ue = self.u.unsqueeze(1) * e  # (B, B, C)
             Y = ue @ QR_c.mT + ((self.u.unsqueeze(1) * RR_c).transpose(0, 1) @ self.M).transpose(0, 1)
-            X = K.half(Y.reshape(batch, batch * a))
-            V.addmm_(X.T, K.over_D(X), alpha=-1.0)
-        if self.curved:
-            self.subtract_perp(V, damping)
+            K.couple(Y.reshape(batch, batch * a), V)
+        self.eliminate_perp(V, damping)
         return HeadPivot(self, T, K, U, damping), V
 
 
@@ -235,41 +386,10 @@ class Head(Linear):
 
 
 @dataclass
-class DensePivot:
-    part: Dense
+class Pivot:
+    part: Part
     S: Symmetric
-    X: Tensor | None
-
-    @property
-    def negative(self) -> int:
-        return self.S.negative
-
-    @property
-    def log_abs_det(self) -> float:
-        return self.S.log_abs_det
-
-    def backward(self, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        t = self.S.half(g + self.part.J.flatten(0, 1).T @ r)
-        if self.X is None:
-            return t, None
-        A = self.part.A
-        r = torch.einsum("noi,nok->nik", A, r.reshape(*A.shape[:2], -1)).reshape(A.shape[0] * A.shape[2], -1)
-        return t, r - self.X.T @ self.S.over_D(t)
-
-    def forward(self, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.S.back(t if y is None else t - self.X @ y)
-        moved = self.part.J.flatten(0, 1) @ x
-        if y is not None:
-            A = self.part.A
-            moved = moved + torch.einsum("noi,nik->nok", A, y.reshape(A.shape[0], A.shape[2], -1)).reshape(moved.shape)
-        return x, moved
-
-
-@dataclass
-class LinearPivot:
-    part: Linear
-    S: Symmetric
-    X: Tensor | None
+    Y: Tensor | None
     damping: float
 
     @property
@@ -281,30 +401,25 @@ class LinearPivot:
         return self.S.log_abs_det + (self.part.perp * math.log(abs(self.damping)) if self.part.perp else 0.0)
 
     def backward(self, r: Tensor, g: Tensor) -> tuple[tuple, Tensor | None]:
-        part, k = self.part, g.shape[1]
-        g, rest = part.take_apart(g)
+        g, rest = self.part.take_apart(g)
         if rest is not None:
             rest = rest / self.damping
-        t = self.S.half(g + (part.R @ r.reshape(part.batch, -1)).reshape(-1, k))
-        if self.X is None:
-            return (t, rest), None
-        r = (part.W.T @ r.reshape(part.batch, part.a_out, k)).reshape(-1, k) - self.X.T @ self.S.over_D(t)
-        if rest is not None:
-            r = r - part.F_rest_T(rest)
-        return (t, rest), r
+        Jr, r = self.part.pull(r)
+        u, w = self.S.start(g + Jr)
+        if self.Y is not None:
+            r = r.addmm_(self.Y.T, u, alpha=-1.0)
+            if rest is not None:
+                r -= self.part.F_rest_T(rest)
+        return (w, rest), r
 
     def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        (t, rest), part = h, self.part
-        k = t.shape[1]
+        w, rest = h
         if y is not None:
-            t = t - self.X @ y
+            w = torch.addmm(w, self.Y, y, alpha=-1.0)
             if rest is not None:
-                rest = rest - part.F_rest(y) / self.damping
-        x = self.S.back(t)
-        moved = (part.R.T @ x.reshape(part.m, -1)).reshape(-1, k)
-        if y is not None:
-            moved = moved + (part.W @ y.reshape(part.batch, part.a_in, k)).reshape(-1, k)
-        return part.put_together(x, rest), moved
+                rest = rest - self.part.F_rest(y) / self.damping
+        x = self.S.back(w)
+        return self.part.put_together(x, rest), self.part.push(x, y)
 
 
 @dataclass
@@ -329,8 +444,8 @@ class HeadPivot:
         t = self.T.half(b)
         if self.K is not None:
             U = self.U.flatten(0, 1)
-            t = t + (U @ self.K.back(self.K.half(U.T @ self.T.over_D(t).flatten(0, 1)))).reshape(t.shape)
-        return self.T.back(t)
+            t = t + (U @ self.K.solve(U.T @ self.T.over_D(t).flatten(0, 1))).reshape(t.shape)
+        return self.T.back(self.T.over_D(t))
 
     def backward(self, r: None, g: Tensor) -> tuple[tuple, Tensor | None]:
         part, k = self.part, g.shape[1]
@@ -341,7 +456,7 @@ class HeadPivot:
         if not part.wrt_input:
             return (h, rest), None
         r = -part.e @ (part.Q_in @ h).reshape(part.a_out, -1)  # (B, a_in k)
-        r = r.reshape(part.batch, part.a_in, k) - part.M.mT @ (part.R.T @ h).transpose(0, 1)
+        r = r.reshape(part.batch, part.fan_in, k) - part.M.mT @ (part.R.T @ h).transpose(0, 1)
         r = r.reshape(-1, k)
         if rest is not None:
             r = r - part.F_rest_T(rest)
@@ -350,7 +465,7 @@ class HeadPivot:
     def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, None]:
         (x, rest), part = h, self.part
         if y is not None:
-            y_n = y.reshape(part.batch, part.a_in, -1)
+            y_n = y.reshape(part.batch, part.fan_in, -1)
             Ny = torch.einsum("nc,ij,nik->cjk", part.e, part.Q_in, y_n) + torch.einsum(
                 "jn,nci,nik->cjk", part.R, part.M, y_n
             )
@@ -367,14 +482,34 @@ def parts(chain: Chain, gauss_newton: bool = False) -> tuple[list[tuple[Stage, o
     """The structure of every stage from the first with parameters on, and V_L (None where a `Head` knows it). Computed once for all dampings."""
     live = [stage for stage in chain.live if not isinstance(stage.module, RESHAPES)]
     known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
-    out = []
+    out: list[tuple[Stage, object]] = []
     for number, stage in enumerate(live):
-        wrt_input = number > 0
         if stage.kind == "linear" and stage is live[-1] and known is not None:
-            return [*out, (stage, Head(stage, gauss_newton, wrt_input, *known))], None
-        kind = {"linear": Linear, "elementwise": Diagonal, "general": Dense}[stage.kind]
-        out.append((stage, kind(stage, gauss_newton, wrt_input)))
+            return [*out, (stage, Head(stage, gauss_newton, number > 0, *known))], None
+        out.append((stage, kind(stage)(stage, gauss_newton, number > 0)))
     return out, torch.block_diag(*heads.curvature(chain.loss, chain.outputs, chain.targets))
+
+
+def kind(stage: Stage) -> type:
+    """Which part a stage becomes (a `Head`, where the loss allows it, is for `parts` to say)."""
+    if stage.kind != "general":
+        return {"linear": Linear, "elementwise": Diagonal}[stage.kind]
+    module = stage.module
+    if type(module) is not nn.Conv2d or stage.inputs.ndim != 4 or module.groups > 1 or module.padding_mode != "zeros":
+        return Dense
+    whole = len(stage.parameters) == len(list(module.parameters()))
+    rows, d = len(stage.inputs) * stage.outputs[0, 0].numel(), module.weight[0].numel() + (module.bias is not None)
+    return Conv2d if whole and rows >= d and _padding(module) is not None else Dense
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
+    """Its padding in numbers; None where "same" pads one side more than the other."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return module.padding
 
 
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on flattened samples
@@ -389,15 +524,19 @@ class Factor:
         self.pivots = []
         self.rows = 0 if V is None else len(V)
         V = None if V is None else V.clone()
+        definite = (
+            True  # once an S_l was not, the next ones mostly are not either, and a Cholesky that fails is lost time
+        )
         for stage, part in reversed(stages):
             try:
-                pivot, V = part.eliminate(V, damping)
+                pivot, V = part.eliminate(V, damping, definite)
             except SingularPivotError as error:
                 raise SingularShiftError(
                     f"no factorization of H + ({damping:g}) I: at {stage}, {error}. The damping is minus an eigenvalue, or next to one of a "
                     "later part of the network; change it a little, or use solve(method='sparse'), which pivots across stages"
                 ) from error
             self.pivots.append(pivot)
+            definite = definite and pivot.negative == 0
         self.sizes = [part.p for _, part in stages]
         self.dtype = stages[0][0].inputs.dtype
 

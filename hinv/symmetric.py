@@ -1,126 +1,209 @@
 """Factorization of one symmetric matrix S, definite or not, in the form the elimination needs.
 
-    S = C D C^T,    so that    X^T S^-1 Y = half(X)^T D^-1 half(Y),    half(X) = C^-1 X
+    S = C D C^T,    so that    N^T S^-1 N = X^T Y,  X = C^-1 N,  Y = D^-1 X
 
 Cholesky (D = I) where S is positive definite; otherwise LDL^T with Bunch-Kaufman pivoting, D of 1 x 1 and 2 x 2 blocks; eigenvalues for
 stacks of small matrices and on devices without LAPACK. Inertia and determinant are those of D (Sylvester's law of inertia).
 
-Measured on two cores in float64, seconds for n = 64 / 576 / 2048: Cholesky 2e-5 / 2e-3 / 6e-2, one that fails 6e-6 / 8e-4 / 4e-2, torch's
-ldl_factor 3e-5 / 3e-3 / 8e-2 (SciPy's sytrf the same), eigh 2e-4 / 2e-2 for the first two. ldl_factor leaves L packed, its row swaps not
-carried through; LAPACK's syconv unpacks it, and a triangular solve with it (n = 576, 768 columns) took a ninth of torch.linalg.ldl_solve.
+Measured on two cores in float64, microseconds for n = 64: sytrf 22, its unpacking into L, D and the row order 25, a triangular solve with 64
+columns 13, a product 8, a Cholesky that fails 6, eigh 210; torch.linalg.ldl_solve alone 58. S^-1 (sytri, 17) or C^-1 formed once would save a
+tenth, and cost two to three digits of the log-determinant on badly scaled problems. Milliseconds for n = 576 / 2048: Cholesky 2 / 58,
+ldl_factor 3 / 74, a triangular solve 1.4 / 50, a ninth of ldl_solve; there fresh memory costs as much as arithmetic, so solves are in place.
 """
+
+import itertools
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dsyconv, ssyconv
+from scipy.linalg import lapack
 from torch import Tensor
+
+SMALL = 128  # rows up to which SciPy's LAPACK, with less to do per call, is faster than torch's, which shares a thread pool with the products
+STRIPES = 4  # block rows of a symmetric product: 5/8 of the flops of a full one
+WIDE = 512  # rows from which that pays
 
 
 class SingularPivotError(torch.linalg.LinAlgError):
     """S is singular to working precision, so neither its inverse nor its inertia is known."""
 
 
-class Symmetric:
-    """A factored symmetric matrix, or a stack of them (..., n, n).
+def factored(S: Tensor, try_cholesky: bool = True) -> "Symmetric":
+    """Factor a symmetric matrix, or a stack of them (..., n, n), by the fastest of the four ways that serves.
 
     Args:
-        S: (..., n, n) symmetric; only its lower triangle is read.
+        S: (..., n, n) symmetric; overwritten.
+        try_cholesky: False where S is known not to be positive definite, or likely not to be.
 
     Raises:
         SingularPivotError: a pivot within rounding of zero, or S not finite.
     """
-
-    def __init__(self, S: Tensor):
+    lapack_serves = S.ndim == 2 and S.device.type == "cpu"
+    if try_cholesky or not lapack_serves or not S.numel():
         L, info = torch.linalg.cholesky_ex(S)
         if not info.any():
-            self.kind, self.L, self.eigenvalues = "cholesky", L, None
-            return
+            return Cholesky(L)
         del L
-        if S.ndim > 2 or S.device.type != "cpu":
-            self._eigenvalues(S)
-        else:
-            self._bunch_kaufman(S)
+    return LDL(S) if lapack_serves else Eigen(S)
 
-    def _eigenvalues(self, S: Tensor) -> None:
-        if not S.isfinite().all():
-            raise SingularPivotError("it is not finite: the curvature overflows")
-        self.kind = "eigh"
-        self.eigenvalues, self.L = torch.linalg.eigh(S)
-        self._refuse_zero(S.shape[-1])
-        self.inverse = self.eigenvalues.reciprocal().unsqueeze(-1)
 
-    def _bunch_kaufman(self, S: Tensor) -> None:
-        """L, the row order, and D^-1 as its diagonal and (for 2 x 2 pivots) what lies beside it. In NumPy: these are short vectors."""
-        self.kind = "ldl"
-        packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
-        L, off, _ = (dsyconv if S.dtype == torch.float64 else ssyconv)(
-            packed.numpy(), pivots.numpy(), lower=1, overwrite_a=1
-        )
-        d, n = L.diagonal().copy(), len(L)
-        if not (np.isfinite(d).all() and np.isfinite(off).all()):
-            raise SingularPivotError("it is not finite: the curvature overflows")
-        target = np.abs(pivots.numpy()) - 1  # LAPACK counts from one and marks 2 x 2 pivots by a sign
-        first = np.flatnonzero(pivots.numpy() < 0)[::2]
-        target[first] = first  # of a 2 x 2 pivot only the second row was swapped
-        order = list(range(n))
-        for row in np.flatnonzero(target != np.arange(n)).tolist():
-            order[row], order[target[row]] = order[target[row]], order[row]
-        self.L, self.order = torch.from_numpy(L), torch.tensor(order)
-        inverse, values, self.partner = 1.0 / np.where(d == 0, 1.0, d), d.copy(), None
-        if len(first):
-            second, (a, b, c) = first + 1, (d[first], d[first + 1], off[first])
-            det, middle = a * b - c * c, (a + b) / 2
-            large = middle + np.copysign(np.hypot((a - b) / 2, c), middle)
-            values[first], values[second] = large, det / large
-            inverse[first], inverse[second] = b / det, a / det
-            partner, beside = np.arange(n), np.zeros_like(d)
-            partner[first], partner[second] = second, first
-            beside[first] = beside[second] = -c / det
-            self.partner, self.beside = torch.from_numpy(partner), torch.from_numpy(beside).unsqueeze(1)
-        self.eigenvalues, self.inverse = torch.from_numpy(values), torch.from_numpy(inverse).unsqueeze(1)
-        self._refuse_zero(n)
+class Symmetric:
+    """S = C D C^T. Subclasses give half, over_D and back; in the whole stack, the number of negative eigenvalues and log |det S|."""
 
-    def _refuse_zero(self, n: int) -> None:
-        smallest, largest = torch.aminmax(self.eigenvalues.abs())
-        if smallest <= 4 * n * torch.finfo(smallest.dtype).eps * largest:
-            raise SingularPivotError("its smallest pivot is zero to working precision")
+    negative: int
+    log_abs_det: float
 
-    def half(self, X: Tensor) -> Tensor:
+    def couple(self, N: Tensor, V: Tensor) -> Tensor:
+        """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
+        X = self.half(N, overwrite=True)
+        Y = self.over_D(X, out=N)
+        subtract_product(V, X, Y)
+        return Y
+
+    def start(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, w) with N^T S^-1 t = Y^T u and S^-1 (t - N y) = back(w - Y y), for t (n, k)."""
+        u = self.half(t)
+        return u, self.over_D(u)
+
+    def solve(self, t: Tensor) -> Tensor:
+        """S^-1 t."""
+        return self.back(self.start(t)[1])
+
+    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
         """C^-1 X for X (..., n, k)."""
-        if self.kind == "cholesky":
-            return torch.linalg.solve_triangular(self.L, X, upper=False)
-        if self.kind == "eigh":
-            return self.L.mT @ X
-        return torch.linalg.solve_triangular(self.L, X[self.order], upper=False, unitriangular=True)
+        raise NotImplementedError
 
-    def over_D(self, Z: Tensor) -> Tensor:
+    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
         """D^-1 Z."""
-        if self.kind == "cholesky":
-            return Z
-        out = Z * self.inverse
-        if self.kind == "ldl" and self.partner is not None:
-            out.addcmul_(Z[self.partner], self.beside)
-        return out
+        raise NotImplementedError
 
     def back(self, Z: Tensor) -> Tensor:
-        """C^-T D^-1 Z, so that back(half(X)) = S^-1 X."""
-        if self.kind == "cholesky":
-            return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
-        Z = self.over_D(Z)
-        if self.kind == "eigh":
-            return self.L @ Z
-        out = torch.empty_like(Z)
-        out[self.order] = torch.linalg.solve_triangular(self.L.mT, Z, upper=True, unitriangular=True)
-        return out
+        """C^-T Z, so that back(over_D(half(X))) = S^-1 X."""
+        raise NotImplementedError
 
-    @property
-    def negative(self) -> int:
-        """Number of negative eigenvalues of S (of the whole stack)."""
-        return 0 if self.eigenvalues is None else int((self.eigenvalues < 0).sum())
+
+class Cholesky(Symmetric):
+    negative = 0
+
+    def __init__(self, L: Tensor):
+        self.L = L
+
+    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+        return torch.linalg.solve_triangular(self.L, X, upper=False, out=X if overwrite else None)
+
+    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+        return Z
+
+    def back(self, Z: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
 
     @property
     def log_abs_det(self) -> float:
-        """log |det S|, summed over the stack."""
-        if self.eigenvalues is None:
-            return 2.0 * self.L.diagonal(dim1=-2, dim2=-1).log().sum().item()
-        return self.eigenvalues.abs().log().sum().item()
+        return 2.0 * self.L.diagonal(dim1=-2, dim2=-1).log().sum().item()
+
+
+class Eigen(Symmetric):
+    def __init__(self, S: Tensor):
+        if not S.isfinite().all():
+            raise SingularPivotError(NOT_FINITE)
+        values, self.L = torch.linalg.eigh(S)
+        smallest, largest = torch.aminmax(values.abs())
+        if smallest <= _zero(S) * largest:
+            raise SingularPivotError(ZERO)
+        self.negative, self.log_abs_det = int((values < 0).sum()), values.abs().log().sum().item()
+        self.inverse = values.reciprocal().unsqueeze(-1)
+
+    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+        return self.L.mT @ X
+
+    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(Z, self.inverse, out=out)
+
+    def back(self, Z: Tensor) -> Tensor:
+        return self.L @ Z
+
+
+class LDL(Symmetric):
+    """L, the row order, and D^-1 as its diagonal and (for 2 x 2 pivots) what lies beside it. In NumPy: these are short vectors."""
+
+    def __init__(self, S: Tensor):
+        n = S.shape[0]
+        if n <= SMALL:
+            packed, pivots, _ = _LAPACK["sytrf", S.dtype](S.numpy().T, lower=1, lwork=64 * n, overwrite_a=1)
+        else:  # torch's has the thread pool of the products around it
+            packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
+            packed, pivots = packed.numpy(), pivots.numpy()
+        L, off, _ = _LAPACK["syconv", S.dtype](packed, pivots, lower=1, overwrite_a=1)
+        d = L.diagonal().copy()
+        largest = max(d.max(), -d.min(), off.max(), -off.min())
+        target = np.abs(pivots) - 1  # LAPACK counts from one and marks 2 x 2 pivots by a sign
+        first = (pivots < 0).nonzero()[0][::2]
+        self.partner = None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if len(first):
+                target[first] = first  # of a 2 x 2 pivot only the second row was swapped
+                second = first + 1
+                a, b, c = d[first], d[second], off[first]
+                det = a * b - c * c
+                d[first], d[second] = det, 1.0
+                partner, beside = np.arange(n), np.zeros(n, d.dtype)
+                partner[first], partner[second] = second, first
+                beside[first] = beside[second] = -c / det
+                self.partner, self.beside = torch.from_numpy(partner), torch.from_numpy(beside[:, None])
+            inverse = 1.0 / d
+            if len(first):
+                inverse[first], inverse[second] = b / det, a / det
+        if not largest < np.inf:
+            raise SingularPivotError(NOT_FINITE)
+        if not (largest and max(inverse.max(), -inverse.min()) * largest * _zero(S) < 1.0):
+            raise SingularPivotError(ZERO)
+        self.d, self.negative = (
+            d,
+            int(np.count_nonzero(d < 0)),
+        )  # the eigenvalues of a Bunch-Kaufman 2 x 2 pivot differ in sign
+        swapped = lapack.dlaswp(np.arange(n, dtype=float)[:, None], target)
+        self.order = torch.from_numpy(swapped[:, 0].astype(np.int64))
+        self.L, self.inverse = torch.from_numpy(L), torch.from_numpy(inverse[:, None])
+
+    @property
+    def log_abs_det(self) -> float:
+        return float(np.log(np.abs(self.d)).sum())
+
+    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+        X = X.index_select(0, self.order)  # a copy, solved in place: fresh memory costs a tenth of the solve
+        return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=True, out=X)
+
+    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+        out = torch.mul(Z, self.inverse, out=out)
+        if self.partner is not None:
+            out.addcmul_(Z.index_select(0, self.partner), self.beside)
+        return out
+
+    def back(self, Z: Tensor) -> Tensor:
+        Z = torch.linalg.solve_triangular(self.L.mT, Z, upper=True, unitriangular=True)
+        return torch.empty_like(Z).index_copy_(0, self.order, Z)
+
+
+_LAPACK = {
+    (name, dtype): getattr(lapack, letter + name)
+    for letter, dtype in (("d", torch.float64), ("s", torch.float32))
+    for name in ("sytrf", "syconv")
+}
+ZERO = "its smallest pivot is zero to working precision"
+NOT_FINITE = "it is not finite: the curvature overflows"
+
+
+def _zero(S: Tensor) -> float:
+    """Pivots below this share of the largest are rounding errors."""
+    return 4 * S.shape[-1] * torch.finfo(S.dtype).eps
+
+
+def subtract_product(V: Tensor, X: Tensor, Y: Tensor) -> None:
+    """V -= X^T Y for a product known to be symmetric: its lower block triangle, copied to the upper one, where that is faster."""
+    k = len(V)
+    if k < WIDE:
+        V.addmm_(X.T, Y, alpha=-1.0)
+        return
+    edges = [k * i // STRIPES for i in range(STRIPES + 1)]
+    for top, bottom in itertools.pairwise(edges):
+        V[top:bottom, :bottom].addmm_(X[:, top:bottom].T, Y[:, :bottom], alpha=-1.0)
+        V[:top, top:bottom] = V[top:bottom, :top].T

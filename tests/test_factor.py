@@ -19,6 +19,7 @@ import hinv
 from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, hessian, sparse
 from hinv.dual import Dual
 from hinv.networks import tall_skinny
+from hinv.symmetric import Cholesky
 
 DAMPINGS = (1.0, 0.1, 0.01, -0.05, -0.3)
 
@@ -77,7 +78,7 @@ def test_gauss_newton_factor_dual_and_products(name, damping):
     if damping > 0:
         check(Dual(G.chain, damping), D, damping)
         assert recursion.inertia == (len(D), 0, 0)
-        assert all(p.S.kind == "cholesky" for p in recursion.pivots if hasattr(p, "S"))
+        assert all(isinstance(p.S, Cholesky) for p in recursion.pivots if hasattr(p, "S"))
         b = torch.randn(len(D), generator=torch.Generator().manual_seed(1), dtype=D.dtype)
         for method in ("auto", "factor", "dense", "sparse"):
             assert relative(G.solve(b, damping, method), torch.linalg.solve(shifted(D, damping), b)) < 1e-7
@@ -228,6 +229,64 @@ def test_each_damping_costs_only_a_factorization(monkeypatch):
     H.factor(1.0)
     monkeypatch.setattr("hinv.factor.derivatives", lambda *_: pytest.fail("derivatives were computed again"))
     H.factor(0.1)
+
+
+@pytest.mark.parametrize("gauss_newton", (False, True))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "stride": 2},
+        {"padding": (1, 2), "dilation": (2, 1)},
+        {"padding": "same"},
+        {"kernel_size": (2, 3), "padding": "valid", "stride": (2, 1)},
+    ],
+    ids=str,
+)
+def test_convolution_with_its_weights_shared(options, gauss_newton):
+    """Blocks and products of the structured part against the per-sample ones of torch.func, for the second layer of a network."""
+    torch.manual_seed(0)
+    second = nn.Conv2d(2, 3, **({"kernel_size": 3} | options))
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), second, nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(5, 1, 7, 6).double(), torch.tensor([0, 1, 2, 0, 1])
+    net(x)
+    stage = Hessian(net, nn.CrossEntropyLoss(), x, y).chain.stages[2]
+    assert factor.kind(stage) is factor.Conv2d
+    shared, dense = factor.Conv2d(stage, gauss_newton, True), factor.Dense(stage, gauss_newton, True)
+    assert shared.p == dense.p
+    V = torch.randn(len(dense.J), len(dense.J), dtype=torch.float64)
+    V = V + V.T
+    rotation = torch.stack([shared.take_apart(e.unsqueeze(1))[0][:, 0] for e in torch.eye(shared.p).to(V)], 1)
+    (S, N, after), (S_dense, N_dense, after_dense) = shared.blocks(V), dense.blocks(V)
+    assert relative(S, rotation @ S_dense @ rotation.T) < 1e-13
+    assert relative(N, rotation @ N_dense) < 1e-13
+    assert relative(after, after_dense) < 1e-13
+    r, v, y = V[:, :3].contiguous(), torch.randn(shared.p, 3).double(), torch.randn(len(after), 3).double()
+    assert relative(shared.pull(r)[0], rotation @ dense.pull(r)[0]) < 1e-13
+    assert relative(shared.pull(r)[1], dense.pull(r)[1]) < 1e-13
+    assert relative(shared.push(rotation @ v, y), dense.push(v, y)) < 1e-13
+    assert relative(shared.put_together(rotation @ v, None), v) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 2},
+        {"padding_mode": "circular", "padding": 1},
+        {"kernel_size": 2, "padding": "same"},
+        {"kernel_size": 6},
+    ],
+    ids=str,
+)
+def test_other_convolutions_by_their_dense_blocks(options):
+    torch.manual_seed(0)
+    second = nn.Conv2d(2, 2, **({"kernel_size": 3} | options))
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), second, nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(3, 1, 7, 7).double(), torch.tensor([0, 1, 2])
+    net(x)
+    H = Hessian(net, nn.CrossEntropyLoss(), x, y)
+    assert factor.kind(H.chain.stages[2]) is factor.Dense
+    check(H.factor(0.1), H.dense(), 0.1)
 
 
 def test_first_layer_width_does_not_enter():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hinv.symmetric import SingularPivotError, Symmetric
+from hinv.symmetric import LDL, SMALL, WIDE, Cholesky, Eigen, SingularPivotError, factored, subtract_product
 
 
 def matrix(kind, n, seed, dtype=torch.float64):
@@ -19,55 +19,87 @@ def matrix(kind, n, seed, dtype=torch.float64):
     return A
 
 
+def check(S, A, tolerance):
+    """Everything the elimination asks of a factored A (or stack), against the definition."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype).expand_as(A)
+    torch.testing.assert_close(A @ S.solve(eye), eye, **tolerance)
+    values = torch.linalg.eigvalsh(A)
+    assert S.negative == int((values < 0).sum())
+    assert S.log_abs_det == pytest.approx(torch.linalg.slogdet(A)[1].sum().item(), rel=1e-9, abs=1e-9)
+
+
 @given(
     kind=st.sampled_from(["indefinite", "definite", "zero diagonal", "negative"]),
     n=st.integers(2, 24),
     seed=st.integers(0, 500),
+    try_cholesky=st.booleans(),
 )
-def test_solves_inertia_and_determinant(kind, n, seed):
+def test_solves_inertia_and_determinant(kind, n, seed, try_cholesky):
     A = matrix(kind, n, seed)
     values = torch.linalg.eigvalsh(A)
     if values.abs().min() < 1e-6 * values.abs().max():
         return
-    S, X = Symmetric(A), torch.eye(n, dtype=A.dtype)
-    assert S.kind == ("cholesky" if values[0] > 0 else "ldl")
+    S = factored(A.clone(), try_cholesky)
+    assert isinstance(S, Cholesky if values[0] > 0 and try_cholesky else LDL)
     condition = (values.abs().max() / values.abs().min()).item()
-    tolerance = {"rtol": 1e-13 * condition, "atol": 1e-13 * condition}
-    torch.testing.assert_close(A @ S.back(S.half(X)), X, **tolerance)
+    check(S, A, {"rtol": 1e-13 * condition, "atol": 1e-13 * condition})
     torch.testing.assert_close(
         S.half(A).T @ S.over_D(S.half(A)), A, rtol=1e-10, atol=1e-11 * values.abs().max().item() * condition
     )
-    assert S.negative == int((values < 0).sum())
-    assert S.log_abs_det == pytest.approx(torch.linalg.slogdet(A)[1].item(), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["indefinite", "definite", "zero diagonal"])
+@pytest.mark.parametrize("n", [7, SMALL, SMALL + 40])
+def test_couple_and_sweeps(kind, n):
+    """V - N^T S^-1 N, and what takes N's place: N^T S^-1 t = Y^T u, S^-1 (t - N y) = back(w - Y y). Both LAPACKs."""
+    A = matrix(kind, n, 3)
+    generator = torch.Generator().manual_seed(1)
+    N, V, t, y = (torch.randn(r, c, generator=generator).double() for r, c in ((n, 9), (9, 9), (n, 2), (9, 2)))
+    V = V + V.T
+    S, expected = factored(A.clone()), V - N.T @ torch.linalg.solve(A, N)
+    Y = S.couple(N.clone(), V)
+    torch.testing.assert_close(V, expected, rtol=1e-9, atol=1e-9)
+    u, w = S.start(t)
+    torch.testing.assert_close(Y.T @ u, N.T @ torch.linalg.solve(A, t), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(S.back(w - Y @ y), torch.linalg.solve(A, t - N @ y), rtol=1e-9, atol=1e-9)
+    check(S, A, {"rtol": 1e-9, "atol": 1e-9})
+
+
+def test_product_by_block_rows():
+    X, D = torch.randn(20, WIDE + 3).double(), torch.randn(20, 1).double()
+    V = torch.zeros(WIDE + 3, WIDE + 3).double()
+    subtract_product(V, X, D * X)
+    torch.testing.assert_close(V, -X.T @ (D * X))
+    assert torch.equal(V, V.T)
 
 
 def test_stacks_by_cholesky_or_eigenvalues():
     definite = torch.stack([matrix("definite", 4, s) for s in range(3)])
-    for stack, kind in ((definite, "cholesky"), (torch.stack([*definite[:2], matrix("indefinite", 4, 9)]), "eigh")):
-        S, X = Symmetric(stack), torch.randn(3, 4, 2, dtype=torch.float64)
-        assert S.kind == kind
-        torch.testing.assert_close(stack @ S.back(S.half(X)), X)
-        assert S.negative == int((torch.linalg.eigvalsh(stack) < 0).sum())
-        assert S.log_abs_det == pytest.approx(torch.linalg.slogdet(stack)[1].sum().item())
+    for stack, kind in ((definite, Cholesky), (torch.stack([*definite[:2], matrix("indefinite", 4, 9)]), Eigen)):
+        S = factored(stack.clone())
+        assert isinstance(S, kind)
+        check(S, stack, {})
 
 
-def test_float32():
-    A = matrix("zero diagonal", 9, 1, torch.float32)
-    S = Symmetric(A)
-    assert S.back(S.half(torch.eye(9))).dtype == torch.float32
-    torch.testing.assert_close(A @ S.back(S.half(torch.eye(9))), torch.eye(9), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("n", [9, SMALL + 10])
+def test_float32(n):
+    A = matrix("zero diagonal", n, 1, torch.float32)
+    X = factored(A.clone()).solve(torch.eye(n))
+    assert X.dtype == torch.float32
+    torch.testing.assert_close(A @ X, torch.eye(n), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("A", [torch.zeros(3, 3), torch.diag(torch.tensor([1.0, -1.0, 0.0])), torch.ones(2, 2) * -1.0])
 def test_singular_is_refused(A):
     with pytest.raises(SingularPivotError, match="smallest pivot is zero"):
-        Symmetric(A.double())
+        factored(A.double())
     with pytest.raises(SingularPivotError, match="smallest pivot is zero"):
-        Symmetric(A.double()[None])
+        factored(A.double()[None])
 
 
-def test_not_finite_is_refused():
-    A = torch.eye(3, dtype=torch.float64) * float("nan")
-    for S in (A, A[None]):
+@pytest.mark.parametrize("n", [3, SMALL + 1])
+def test_not_finite_is_refused(n):
+    A = torch.eye(n, dtype=torch.float64) * float("nan")
+    for S in (A.clone(), A[None]):
         with pytest.raises(SingularPivotError, match="not finite"):
-            Symmetric(S)
+            factored(S)
