@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import heads
 from .chain import Chain
-from .factor import SingularShiftError
+from .factor import SingularShiftError, check_right_hand_side
 from .stages import derivatives, elementwise
 
 
@@ -69,7 +69,10 @@ class Dual:
         return 1.0, (sum(self.sizes) - self.gram_logdet_size) * math.log(self.damping) + log
 
     def solve(self, b: Tensor) -> Tensor:
-        """(GGN + damping I)^-1 b for b (P,) or (P, k)."""
+        """(GGN + damping I)^-1 b for b (P,) or (P, k), without refinement; errors as `Factor.solve`."""
+        check_right_hand_side(b, sum(self.sizes))
+        if not b.numel():
+            return b.clone()
         g = b.reshape(len(b), -1).to(self.L.dtype)
         inner = sum(
             self._transpose(stage, piece) for stage, piece in zip(self.stages, g.split(self.sizes), strict=True)

@@ -11,6 +11,8 @@ import torch
 
 from . import heads
 from .chain import Chain
+from .factor import Conv2d, Dense, Diagonal, Linear, kind
+from .symmetric import SMALL, STRIPES, WIDE
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class Estimate:
         )
 
 
+def eliminate(n: int, k: int) -> float:
+    """Flops of factoring S (n x n), of C^-1 N for N (n x k), and of V - N^T S^-1 N."""
+    return n**3 / 3 + n * n * k + (2 if k < WIDE else 1 + 1 / STRIPES) * n * k * k
+
+
 def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     """Flops and peak bytes of factor in this dtype, of the dense route, and for the Gauss-Newton matrix of the dual.
 
-    Per linear stage with n = a_out m, k = B a_in: n^3/3 + n^2 k + 2 n k^2 + O(B^2 a^3) flops, n^2 + n k numbers kept; two or three
-    matrices V of (B a)^2 alive at a time.
+    Per linear stage with n = a_out m, k = B a_in: n^3/3 + n^2 k + 2 n k^2 + O(B^2 a^3) flops (n k^2 where k is large), n^2 + n k numbers kept;
+    two or three matrices V of (B a)^2 alive at a time. A convolution is the same with m = fan-in + bias, and patches for samples.
     """
     item = dtype.itemsize
     live, batch = chain.live, len(chain.inputs)
@@ -45,33 +52,48 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     classes = chain.outputs[0].numel()
     for number in reversed(range(len(live))):
         stage = live[number]
+        structure = kind(stage)
         a_out, a_in, p = stage.outputs[0].numel(), stage.inputs[0].numel(), len(stage.x)
         rows, k = batch * a_out, batch * a_in if number else 0
-        if stage.kind == "linear":
-            d = a_in + (stage.module.bias is not None)
-            m = min(batch, d)
-            dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
-            if known and stage is live[-1]:
-                side = batch + (a_in if number else 0)
-                flops += a_out * (m**3 / 3 + 2 * m * side * side) + 4 * batch * k * a_out * (a_in if number else 0)
-                keep = a_out * (m * (m + batch) + batch * a_in)
-                # basis and its copy, inner products, their reordered parts, left-hand factors; V three times
-                scratch = a_out * (2 * m * side + side * side + batch * (3 * a_in + 2 * batch) + a_in**2) + 3 * k * k
-            else:
-                n = a_out * m
-                flops += n**3 / 3 + n * n * k + 2 * n * k * k + 2.0 * (m * batch * a_out * rows + n * rows * m)
-                flops += 2.0 * rows * a_in * (rows + k) if number else 0
-                keep = n * n + n * k
-                # V before and after, N with X, its reordering and D^-1 X; or S with two copies while it is factored
-                scratch = rows * rows + max(k * k + 3 * n * k, 2 * n * rows + 2 * n * n)
-        elif stage.kind == "elementwise":
+        if structure is Diagonal:
             flops, keep, scratch = flops + 2.0 * rows * rows, 0, 2 * rows * rows
-        else:
-            flops += p**3 / 3 + p * p * k + 2 * p * k * k + 2.0 * (p * rows * a_out * batch + rows * rows * a_in)
+        elif structure is Dense:
+            flops += eliminate(p, k) + 2.0 * (p * rows * a_out * batch + rows * rows * a_in)
             flops += 2.0 * (rows + p) * (p + a_in) * batch * (a_out + p)  # torch.func
             blocks = batch * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
             keep, scratch = p * p + p * k + blocks, 2 * rows * rows + p * (rows + p + 2 * k) + 2 * k * k + blocks
             dual += 2.0 * batch * classes * (a_out * (a_in + p) + p * batch * classes)
+        elif known and stage is live[-1]:
+            m = min(batch, p // a_out)
+            side = batch + (a_in if number else 0)
+            flops += a_out * (m**3 / 3 + 2 * m * side * side) + 4 * batch * k * a_out * (a_in if number else 0)
+            keep = a_out * (m * (m + batch) + batch * a_in)
+            # basis and its copy, inner products, their reordered parts, left-hand factors; V three times
+            scratch = a_out * (2 * m * side + side * side + batch * (3 * a_in + 2 * batch) + a_in**2) + 3 * k * k
+        else:
+            units = stage.module.weight.shape[0]
+            positions, fan_in = a_out // units, stage.module.weight[0].numel()
+            m = min(batch * positions, p // units)
+            n = units * m
+            flops += eliminate(n, k) + 2.0 * m * batch * positions * units * (rows + n)
+            flops += 2.0 * rows * fan_in * (rows + n + k) if number else 0
+            keep = n * n + n * k
+            if k * max(n, k) <= SMALL**2:
+                keep += n * k + (k * k if m * units < p else 0)
+            # S with the rows it comes from; N and V before and after; S twice while it is factored; N, X and what D^-1 reorders
+            phases = (
+                n * rows + n * n,
+                n * n + n * k + rows * k + k * k,
+                2 * n * n + n * k + k * k,
+                n * n + 3 * n * k + k * k,
+            )
+            scratch = rows * rows + max(phases) - n * n - n * k
+            if structure is Conv2d:
+                scratch += rows * rows + n * rows + rows * k + k * k  # changes of layout
+                patches = batch * positions * (fan_in + 1)
+                keep += 2 * patches
+        if structure in (Linear, Conv2d):
+            dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
         peak = max(peak, kept + keep + scratch)
         kept += keep
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
@@ -81,8 +103,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
         size["dual"] = item * (
             3 * (batch * classes) ** 2 + 2 * batch * classes * sum(s.outputs[0].numel() for s in live)
         )
-    # what a flop costs: an eigenvalue-free dense LU of one matrix runs at full speed, the recursion pays a fixed price a stage
-    overhead = {"factor": 3e7 * len(live), "dual": 1e7 * len(live), "dense": 2e7}
+    # in flops, what calls cost: a network's derivatives and sweeps stage by stage, the dense route once
+    overhead = {"factor": 1e7 * (2 + len(live)), "dual": 1e7 * len(live), "dense": 2e7}
     method = min(cost, key=lambda name: cost[name] + overhead[name])
     return Estimate(P, batch, method, cost, size)
 

@@ -42,8 +42,10 @@ class SingularShiftError(torch.linalg.LinAlgError):
 
 
 def _each(M: Tensor, X: Tensor) -> Tensor:
-    """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each."""
-    return torch.bmm(M.expand(len(X), *M.shape), X)
+    """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
+    if X.shape[2] == 1:
+        return (X.squeeze(2) @ M.T).unsqueeze(2)
+    return torch.bmm(M.expand(X.shape[0], *M.shape), X)
 
 
 # -- parts: what does not depend on the damping, computed once ---------------------------------------------------------
@@ -465,11 +467,10 @@ class HeadPivot:
     def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, None]:
         (x, rest), part = h, self.part
         if y is not None:
-            y_n = y.reshape(part.batch, part.fan_in, -1)
-            Ny = torch.einsum("nc,ij,nik->cjk", part.e, part.Q_in, y_n) + torch.einsum(
-                "jn,nci,nik->cjk", part.R, part.M, y_n
-            )
-            x = x - self._solve(Ny)
+            y_n, k = y.view(part.batch, part.fan_in, -1), y.shape[1]
+            curved = (part.e.T @ y_n.flatten(1)).view(part.a_out, part.fan_in, k)  # sum_n e_nc y_n
+            linear = (part.R @ (part.M @ y_n).flatten(1)).view(part.m, part.a_out, k)  # sum_n R_n (V_n W y_n)_c
+            x = x - self._solve(_each(part.Q_in.T, curved) + linear.transpose(0, 1))
             if rest is not None:
                 rest = rest - part.F_rest(y) / self.damping
         return part.put_together(x.transpose(0, 1).reshape(part.m * part.a_out, -1), rest), None
@@ -512,6 +513,14 @@ def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
     return module.padding
 
 
+def check_right_hand_side(b: Tensor, P: int) -> None:
+    if not isinstance(b, Tensor) or not b.is_floating_point():
+        found = b.dtype if isinstance(b, Tensor) else type(b).__name__
+        raise TypeError(f"the right-hand side must be a floating point tensor, not {found}")
+    if b.ndim not in (1, 2) or b.shape[0] != P:
+        raise ValueError(f"the right-hand side has shape {tuple(b.shape)}; expected ({P},) or ({P}, k)")
+
+
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on flattened samples
 
 
@@ -552,7 +561,16 @@ class Factor:
         return (-1.0) ** self.inertia[1], sum(pivot.log_abs_det for pivot in self.pivots)
 
     def solve(self, b: Tensor) -> Tensor:
-        """(H + damping I)^-1 b for b (P,) or (P, k): one sweep back and one forth, without refinement."""
+        """(H + damping I)^-1 b for b (P,) or (P, k): one sweep back and one forth, without refinement.
+
+        Cost: two products with every Y_l (n x B a_in) and two triangular solves with every S_l; for one column it is the memory that bounds it.
+
+        Raises:
+            ValueError, TypeError: b of another length or not floating point.
+        """
+        check_right_hand_side(b, sum(self.sizes))
+        if not b.numel():
+            return b.clone()
         r, kept = None, []
         pieces = b.reshape(len(b), -1).to(self.dtype).split(self.sizes)
         if not isinstance(self.pivots[0], HeadPivot):

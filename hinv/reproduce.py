@@ -178,6 +178,11 @@ def report() -> bool:
         )
         for c in claims
     ]
+    runs = [json.loads(path.read_text()) for path in sorted(output("results").glob("[0-9][0-9].json"))]
+    provenance = [
+        f"{r['notebook']}: data {r['data']}; {r['profile']}, seed {r['seed']}, {r['dtype']} on {r['device']}, commit {r['commit']}"
+        for r in runs
+    ]
     head = ("nb", "claim", "paper", "measured", "bound", "")
     widths = [max(len(row[k]) for row in [head, *columns]) for k in range(len(head))]
     for row in [head, *columns]:
@@ -192,21 +197,18 @@ def report() -> bool:
         f"<figure><img alt='{p.stem}' src='data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}'><figcaption>{p.stem}</figcaption></figure>\n"
         for p in sorted(output("figures").glob("[0-9][0-9]_*.png"))
     )
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in provenance)
     style = (
         "body{font:15px/1.45 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
         "td,th{padding:.25em .8em;border-bottom:1px solid #ccc;text-align:left}.fail{background:#fdd;font-weight:bold}img{max-width:100%}"
     )
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>hinv: claims</title><style>{style}</style><h1>hinv: every claim, measured</h1>"
-        f"<p>{summary}.</p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>\n{body}</table><h2>Figures</h2>\n{pictures}</html>\n"
+        f"<p>{summary}.</p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>\n{body}</table><h2>Data and seeds</h2><ul>{listed}</ul>\n<h2>Figures</h2>\n{pictures}</html>\n"
     )
     BUILD.mkdir(exist_ok=True)
     write_atomically(BUILD / "report.html", page)
-    runs = [json.loads(path.read_text()) for path in sorted(output("results").glob("[0-9][0-9].json"))]
-    for r in runs:
-        print(
-            f"{r['notebook']}: data {r['data']}; {r['profile']}, seed {r['seed']}, {r['dtype']} on {r['device']}, commit {r['commit']}"
-        )
+    print(*provenance, sep="\n")
     print(f"{summary}; the same with figures: build/report.html")
     return failed == 0
 

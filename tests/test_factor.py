@@ -224,6 +224,22 @@ print(((H @ step + 0.1 * step - H.gradient).norm() / H.gradient.norm()).item())
     assert residual < 1e-10
 
 
+@pytest.mark.parametrize("kind", (Hessian, GGN))
+def test_right_hand_sides_are_checked(kind):
+    H = kind(*build("one layer"))
+    for F in (H.factor(0.1), factor.Factor(H._structure(H.dtype), 0.1)):
+        P = H.shape[0]
+        with pytest.raises(ValueError, match=rf"shape \({P + 1},\); expected \({P},\) or \({P}, k\)"):
+            F.solve(torch.ones(P + 1).double())
+        with pytest.raises(ValueError, match="right-hand side has shape"):
+            F.solve(torch.ones(P, 1, 1).double())
+        with pytest.raises(TypeError, match=r"floating point tensor, not torch\.int64"):
+            F.solve(torch.ones(P).long())
+        with pytest.raises(TypeError, match="not ndarray"):
+            F.solve(torch.ones(P).numpy())
+        assert F.solve(torch.ones(P, 0).double()).shape == (P, 0)
+
+
 def test_each_damping_costs_only_a_factorization(monkeypatch):
     H = Hessian(*build("residual blocks"))
     H.factor(1.0)
