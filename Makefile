@@ -13,7 +13,7 @@ DONE      := $(NOTEBOOKS:notebooks/%=build/notebooks/%)
 
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup reproduce notebooks parameters test lab clean
+.PHONY: help setup reproduce notebooks parameters test bench lab clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -49,6 +49,9 @@ test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make re
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n 2 tests
 	HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(CHAPTERS) $(MAP)
+
+bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
+	$(PY) -m hinv.bench
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks

@@ -11,7 +11,7 @@ import torch
 
 from . import heads
 from .chain import Chain
-from .factor import Conv2d, Dense, Diagonal, Linear, kind
+from .factor import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
 from .symmetric import SMALL, STRIPES, WIDE
 
 
@@ -78,7 +78,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             flops += eliminate(n, k) + 2.0 * m * batch * positions * units * (rows + n)
             flops += 2.0 * rows * fan_in * (rows + n + k) if number else 0
             keep = n * n + n * k
-            if k * max(n, k) <= SMALL**2:
+            if max(n, k) <= SMALL:
                 keep += n * k + (k * k if m * units < p else 0)
             # S with the rows it comes from; N and V before and after; S twice while it is factored; N, X and what D^-1 reorders
             phases = (
@@ -92,7 +92,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
                 scratch += rows * rows + n * rows + rows * k + k * k  # changes of layout
                 patches = batch * positions * (fan_in + 1)
                 keep += 2 * patches
-        if structure in (Linear, Conv2d):
+        if structure in (Linear, SmallLinear, Conv2d):
             dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
         peak = max(peak, kept + keep + scratch)
         kept += keep

@@ -27,6 +27,7 @@ S is C blocks of m x m minus a term of rank B, factored as such; nothing of size
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,7 +35,7 @@ from torch.nn import functional
 from . import heads
 from .chain import Chain, Stage
 from .stages import derivatives, elementwise
-from .symmetric import SMALL, SingularPivotError, Symmetric, factored
+from .symmetric import SMALL, SingularPivotError, Small, Symmetric, factored
 
 
 class SingularShiftError(torch.linalg.LinAlgError):
@@ -43,9 +44,15 @@ class SingularShiftError(torch.linalg.LinAlgError):
 
 def _each(M: Tensor, X: Tensor) -> Tensor:
     """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
+    if isinstance(X, np.ndarray):
+        return M @ X
     if X.shape[2] == 1:
         return (X.squeeze(2) @ M.T).unsqueeze(2)
     return torch.bmm(M.expand(X.shape[0], *M.shape), X)
+
+
+def _cat(arrays: list, dim: int = 0):
+    return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
 
 
 # -- parts: what does not depend on the damping, computed once ---------------------------------------------------------
@@ -165,8 +172,8 @@ class Linear(Part):
         self._set(stage, stage.inputs, gauss_newton, wrt_input)
         n, k = self.m * self.a_out, self.batch * self.fan_in
         self.F = self.outer = None
-        if self.curved and k * max(n, k) <= SMALL**2:  # kept whole where a broadcast costs more than the numbers
-            self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(-1, self.fan_in)
+        if self.curved and max(n, k) <= SMALL:  # kept whole where a broadcast costs more than the numbers
+            self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(n, k)
             self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
 
     def _set(self, stage: Stage, rows: Tensor, gauss_newton: bool, wrt_input: bool) -> None:
@@ -182,7 +189,7 @@ class Linear(Part):
 
     def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV, n = self.J_T(V), self.m * self.a_out
-        S = _each(self.R, self.middle(JV)).view(n, n)
+        S = _each(self.R, self.middle(JV)).reshape(n, n)
         if not self.wrt_input:
             return S, None, None
         N = self.plus_F(JV)
@@ -191,11 +198,11 @@ class Linear(Part):
 
     def plus_F(self, JV: Tensor) -> Tensor:
         """J^T V A + F; in rotated weights F ((j, o), (n, k)) = e_n[o] Q[k, j]."""
-        if self.F is not None:
-            return torch.addmm(self.F, JV.view(-1, self.a_out), self.W).view(len(JV), -1)
         N = self.times_A(JV)
-        if self.curved:
-            rows = N.view(self.m, self.a_out, self.batch, self.fan_in)
+        if self.F is not None:
+            N += self.F
+        elif self.curved:
+            rows = N.reshape(self.m, self.a_out, self.batch, self.fan_in)
             rows.addcmul_(self.e.T[None, :, :, None], self.Q_in.T[:, None, None, :])
         return N
 
@@ -203,28 +210,28 @@ class Linear(Part):
 
     def first(self, r: Tensor) -> Tensor:
         """(B a_out, k) -> (B, a_out k)."""
-        return r.view(self.batch, -1)
+        return r.reshape(self.batch, -1)
 
     def middle(self, X: Tensor) -> Tensor:
         """(n, B a_out) -> (n, B, a_out)."""
-        return X.view(-1, self.batch, self.a_out)
+        return X.reshape(-1, self.batch, self.a_out)
 
     def flat(self, X: Tensor, k: int) -> Tensor:
         """(B, a_out k) -> (B a_out, k)."""
-        return X.view(-1, k)
+        return X.reshape(-1, k)
 
     def J_T(self, r: Tensor) -> Tensor:
-        return (self.R @ self.first(r)).view(self.m * self.a_out, -1)
+        return (self.R @ self.first(r)).reshape(self.m * self.a_out, -1)
 
     def A_T(self, r: Tensor) -> Tensor:
-        return _each(self.W.T, r.view(self.batch, self.a_out, -1)).view(self.batch * self.fan_in, -1)
+        return _each(self.W.T, r.reshape(self.batch, self.a_out, -1)).reshape(self.batch * self.fan_in, -1)
 
     def A(self, y: Tensor) -> Tensor:
-        return _each(self.W, y.view(self.batch, self.fan_in, -1)).view(self.batch * self.a_out, -1)
+        return _each(self.W, y.reshape(self.batch, self.fan_in, -1)).reshape(self.batch * self.a_out, -1)
 
     def times_A(self, X: Tensor) -> Tensor:
         """X A for X (r, B a_out)."""
-        return (X.view(-1, self.a_out) @ self.W).view(X.shape[0], -1)
+        return (X.reshape(-1, self.a_out) @ self.W).reshape(X.shape[0], -1)
 
     def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.J_T(r), self.A_T(r) if self.wrt_input else None
@@ -232,40 +239,40 @@ class Linear(Part):
     def push(self, x: Tensor, y: Tensor | None) -> Tensor:
         k = x.shape[1]
         moved = self.flat(self.R.T @ x.reshape(self.m, -1), k)
-        return moved if y is None else moved.add_(self.A(y))
+        return moved if y is None else moved + self.A(y)
 
     # vectors: g (p, k) in the order of the parameters <-> rotated (m a_out, k) and the perpendicular rest (a_out, d, k)
 
     def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        k, weights = g.shape[1], self.W.numel()
+        k, weights = g.shape[1], self.a_out * self.fan_in
         full = g[:weights].reshape(self.a_out, self.fan_in, k)
         if self.bias:
-            full = torch.cat([full, g[weights:].reshape(self.a_out, 1, k)], 1)
+            full = _cat([full, g[weights:].reshape(self.a_out, 1, k)], 1)
         par = _each(self.Q.T, full)
         rest = full - _each(self.Q, par) if self.perp else None
-        return par.transpose(0, 1).reshape(self.m * self.a_out, k), rest
+        return par.swapaxes(0, 1).reshape(self.m * self.a_out, k), rest
 
     def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
         k = x.shape[1]
-        full = _each(self.Q, x.reshape(self.m, self.a_out, k).transpose(0, 1))
+        full = _each(self.Q, x.reshape(self.m, self.a_out, k).swapaxes(0, 1))
         if rest is not None:
             full += rest
-        weights = full[:, : self.fan_in].reshape(self.W.numel(), k)
-        return torch.cat([weights, full[:, self.fan_in]]) if self.bias else weights
+        weights = full[:, : self.fan_in].reshape(self.a_out * self.fan_in, k)
+        return _cat([weights, full[:, self.fan_in]]) if self.bias else weights
 
     # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
 
     def F_rest(self, y: Tensor) -> Tensor:
         """(a_out, d, k): the perpendicular part of F y."""
-        moved = (self.e.T @ y.view(self.batch, -1)).view(self.a_out, self.fan_in, -1)
+        moved = (self.e.T @ y.reshape(self.batch, -1)).reshape(self.a_out, self.fan_in, -1)
         if self.bias:
-            moved = torch.cat([moved, torch.zeros_like(moved[:, :1])], 1)
+            moved = _cat([moved, 0.0 * moved[:, :1]], 1)
         return moved - _each(self.Q, _each(self.Q.T, moved))
 
     def F_rest_T(self, rest: Tensor) -> Tensor:
         """(B a_in, k): its transpose, applied to a vector that is perpendicular already."""
         k = rest.shape[2]
-        return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).view(self.batch * self.fan_in, k)
+        return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).reshape(self.batch * self.fan_in, k)
 
     def beyond(self) -> Tensor:
         """I - Q Q^T on the weights of one unit."""
@@ -276,8 +283,36 @@ class Linear(Part):
         if self.outer is not None:
             V.add_(self.outer, alpha=factor)
         elif self.curved:
-            blocks = V.view(self.batch, self.fan_in, self.batch, self.fan_in)
+            blocks = V.reshape(self.batch, self.fan_in, self.batch, self.fan_in)
             blocks.addcmul_((self.e @ self.e.T)[:, None, :, None], self.beyond()[None, :, None, :], value=factor)
+
+
+class SmallLinear(Linear):
+    """The same on the CPU in NumPy, whose calls cost a third of torch's: its arrays are views of the tensors."""
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        super().__init__(stage, gauss_newton, wrt_input)
+        for name in ("Q", "Q_in", "R", "W", "e", "F", "outer"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.numpy())
+
+    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["SmallPivot", Tensor | None]:
+        V, n, k = V.numpy(), self.m * self.a_out, self.batch * self.fan_in
+        JV = self.J_T(V)
+        S = (self.R @ JV.T.reshape(self.batch, -1)).reshape(n, n)
+        S.reshape(-1)[:: n + 1] += damping
+        if not self.wrt_input:
+            self.eliminate_perp(None, damping)
+            return SmallPivot(self, Small(S, try_cholesky), None, damping), None
+        N = self.plus_F(JV)
+        V = self.times_A(self.times_A(V).T).reshape(k, k)
+        self.eliminate_perp(V, damping)
+        S = Small(S, try_cholesky)
+        return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
+
+    def add_perp(self, V: np.ndarray, factor: float) -> None:
+        if self.outer is not None:
+            V += factor * self.outer
 
 
 class Conv2d(Linear):
@@ -409,7 +444,7 @@ class Pivot:
         Jr, r = self.part.pull(r)
         u, w = self.S.start(g + Jr)
         if self.Y is not None:
-            r = r.addmm_(self.Y.T, u, alpha=-1.0)
+            r = r - self.Y.T @ u
             if rest is not None:
                 r -= self.part.F_rest_T(rest)
         return (w, rest), r
@@ -417,11 +452,23 @@ class Pivot:
     def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
         w, rest = h
         if y is not None:
-            w = torch.addmm(w, self.Y, y, alpha=-1.0)
+            w = w - self.Y @ y
             if rest is not None:
                 rest = rest - self.part.F_rest(y) / self.damping
         x = self.S.back(w)
         return self.part.put_together(x, rest), self.part.push(x, y)
+
+
+class SmallPivot(Pivot):
+    """Tensors outside, arrays inside."""
+
+    def backward(self, r: Tensor, g: Tensor) -> tuple[tuple, Tensor | None]:
+        kept, r = super().backward(r.numpy(), g.numpy())
+        return kept, None if r is None else torch.from_numpy(r)
+
+    def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, y = super().forward(h, None if y is None else y.numpy())
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 
 @dataclass
@@ -493,8 +540,13 @@ def parts(chain: Chain, gauss_newton: bool = False) -> tuple[list[tuple[Stage, o
 
 def kind(stage: Stage) -> type:
     """Which part a stage becomes (a `Head`, where the loss allows it, is for `parts` to say)."""
-    if stage.kind != "general":
-        return {"linear": Linear, "elementwise": Diagonal}[stage.kind]
+    if stage.kind == "elementwise":
+        return Diagonal
+    if stage.kind == "linear":
+        batch, a_in = stage.inputs.shape
+        n = stage.outputs.shape[1] * min(batch, a_in + (stage.module.bias is not None))
+        small = stage.inputs.device.type == "cpu" and max(n, batch * a_in, stage.outputs.numel()) <= SMALL
+        return SmallLinear if small else Linear
     module = stage.module
     if type(module) is not nn.Conv2d or stage.inputs.ndim != 4 or module.groups > 1 or module.padding_mode != "zeros":
         return Dense

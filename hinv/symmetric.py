@@ -18,7 +18,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-SMALL = 128  # rows up to which SciPy's LAPACK, with less to do per call, is faster than torch's, which shares a thread pool with the products
+SMALL = 96  # rows up to which NumPy is faster than torch
 STRIPES = 4  # block rows of a symmetric product: 5/8 of the flops of a full one
 WIDE = 512  # rows from which that pays
 
@@ -40,7 +40,7 @@ def factored(S: Tensor, try_cholesky: bool = True) -> "Symmetric":
     lapack_serves = S.ndim == 2 and S.device.type == "cpu"
     if try_cholesky or not lapack_serves or not S.numel():
         L, info = torch.linalg.cholesky_ex(S)
-        if not info.any():
+        if not info.any() and L.diagonal(dim1=-2, dim2=-1).isfinite().all():
             return Cholesky(L)
         del L
     return LDL(S) if lapack_serves else Eigen(S)
@@ -107,7 +107,7 @@ class Eigen(Symmetric):
             raise SingularPivotError(NOT_FINITE)
         values, self.L = torch.linalg.eigh(S)
         smallest, largest = torch.aminmax(values.abs())
-        if smallest <= _zero(S) * largest:
+        if smallest <= 4 * S.shape[-1] * torch.finfo(S.dtype).eps * largest:
             raise SingularPivotError(ZERO)
         self.negative, self.log_abs_det = int((values < 0).sum()), values.abs().log().sum().item()
         self.inverse = values.reciprocal().unsqueeze(-1)
@@ -123,50 +123,18 @@ class Eigen(Symmetric):
 
 
 class LDL(Symmetric):
-    """L, the row order, and D^-1 as its diagonal and (for 2 x 2 pivots) what lies beside it. In NumPy: these are short vectors."""
+    """P S P^T = L D L^T with torch's LAPACK, which shares a thread pool with the products around it."""
 
     def __init__(self, S: Tensor):
-        n = S.shape[0]
-        if n <= SMALL:
-            packed, pivots, _ = _LAPACK["sytrf", S.dtype](S.numpy().T, lower=1, lwork=64 * n, overwrite_a=1)
-        else:  # torch's has the thread pool of the products around it
-            packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
-            packed, pivots = packed.numpy(), pivots.numpy()
-        L, off, _ = _LAPACK["syconv", S.dtype](packed, pivots, lower=1, overwrite_a=1)
-        d = L.diagonal().copy()
-        largest = max(d.max(), -d.min(), off.max(), -off.min())
-        target = np.abs(pivots) - 1  # LAPACK counts from one and marks 2 x 2 pivots by a sign
-        first = (pivots < 0).nonzero()[0][::2]
-        self.partner = None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if len(first):
-                target[first] = first  # of a 2 x 2 pivot only the second row was swapped
-                second = first + 1
-                a, b, c = d[first], d[second], off[first]
-                det = a * b - c * c
-                d[first], d[second] = det, 1.0
-                partner, beside = np.arange(n), np.zeros(n, d.dtype)
-                partner[first], partner[second] = second, first
-                beside[first] = beside[second] = -c / det
-                self.partner, self.beside = torch.from_numpy(partner), torch.from_numpy(beside[:, None])
-            inverse = 1.0 / d
-            if len(first):
-                inverse[first], inverse[second] = b / det, a / det
-        if not largest < np.inf:
-            raise SingularPivotError(NOT_FINITE)
-        if not (largest and max(inverse.max(), -inverse.min()) * largest * _zero(S) < 1.0):
-            raise SingularPivotError(ZERO)
-        self.d, self.negative = (
-            d,
-            int(np.count_nonzero(d < 0)),
-        )  # the eigenvalues of a Bunch-Kaufman 2 x 2 pivot differ in sign
-        swapped = lapack.dlaswp(np.arange(n, dtype=float)[:, None], target)
-        self.order = torch.from_numpy(swapped[:, 0].astype(np.int64))
-        self.L, self.inverse = torch.from_numpy(L), torch.from_numpy(inverse[:, None])
-
-    @property
-    def log_abs_det(self) -> float:
-        return float(np.log(np.abs(self.d)).sum())
+        packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
+        L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
+        self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
+        self.L, self.order, self.inverse = (
+            torch.from_numpy(L),
+            torch.from_numpy(order),
+            torch.from_numpy(inverse[:, None]),
+        )
+        self.beside = None if beside is None else torch.from_numpy(beside[:-1, None])
 
     def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
         X = X.index_select(0, self.order)  # a copy, solved in place: fresh memory costs a tenth of the solve
@@ -174,8 +142,9 @@ class LDL(Symmetric):
 
     def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.mul(Z, self.inverse, out=out)
-        if self.partner is not None:
-            out.addcmul_(Z.index_select(0, self.partner), self.beside)
+        if self.beside is not None:
+            out[:-1].addcmul_(Z[1:], self.beside)
+            out[1:].addcmul_(Z[:-1], self.beside)
         return out
 
     def back(self, Z: Tensor) -> Tensor:
@@ -183,18 +152,100 @@ class LDL(Symmetric):
         return torch.empty_like(Z).index_copy_(0, self.order, Z)
 
 
-_LAPACK = {
-    (name, dtype): getattr(lapack, letter + name)
-    for letter, dtype in (("d", torch.float64), ("s", torch.float32))
-    for name in ("sytrf", "syconv")
-}
+class Small(Symmetric):
+    """Cholesky or LDL^T of and with NumPy arrays, as NumPy's and SciPy's calls cost a third of torch's.
+
+    Triangular solves are torch's: SciPy's start threads that wait for the others.
+    """
+
+    def __init__(self, S: np.ndarray, try_cholesky: bool):
+        n, letter = len(S), "d" if S.dtype == np.float64 else "s"
+        if try_cholesky:
+            L, info = getattr(lapack, letter + "potrf")(S.T, lower=1, clean=0)
+            if info == 0 and np.isfinite(L.diagonal()).all():
+                self.L, self.d = torch.from_numpy(L), L.diagonal() ** 2
+                self.negative, self.inverse, self.unit = 0, None, False
+                return
+        packed, pivots, _ = getattr(lapack, letter + "sytrf")(S.T, lower=1, lwork=64 * n, overwrite_a=1)
+        L, self.d, inverse, beside, self.order = _unpacked(packed, pivots)
+        self.L, self.unit, self.negative = torch.from_numpy(L), True, int(np.count_nonzero(self.d < 0))
+        self.inverse, self.beside = inverse[:, None], None if beside is None else beside[:-1, None]
+
+    @property
+    def log_abs_det(self) -> float:
+        return float(np.log(np.abs(self.d)).sum())
+
+    def half(self, X: np.ndarray, overwrite: bool = False) -> np.ndarray:
+        X = torch.from_numpy(X.copy("C") if self.inverse is None else X.take(self.order, 0))
+        return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=self.unit, out=X).numpy()
+
+    def over_D(self, Z: np.ndarray, out: None = None) -> np.ndarray:
+        if self.inverse is None:
+            return Z
+        if self.beside is None:
+            return Z * self.inverse
+        out, n = Z * self.inverse, len(Z)
+        if Z.shape[1] < n // 4:
+            out[:-1] += self.beside * Z[1:]
+            out[1:] += self.beside * Z[:-1]
+            return out
+        D_inverse = np.zeros((n, n), Z.dtype)  # tridiagonal: a product with all of it is faster than four strided ones
+        for offset, values in ((0, self.inverse), (1, self.beside), (n, self.beside)):
+            D_inverse.reshape(-1)[offset :: n + 1] = values[:, 0]
+        return D_inverse @ Z
+
+    def couple(self, N: np.ndarray, V: np.ndarray) -> np.ndarray:
+        X = self.half(N)
+        Y = self.over_D(X)
+        V -= X.T @ Y
+        return Y
+
+    def back(self, Z: np.ndarray) -> np.ndarray:
+        Z = torch.linalg.solve_triangular(self.L.T, torch.from_numpy(Z), upper=True, unitriangular=self.unit).numpy()
+        if self.inverse is None:
+            return Z
+        x = np.empty(Z.shape, Z.dtype)
+        x[self.order] = Z
+        return x
+
+
+def _unpacked(packed: np.ndarray, pivots: np.ndarray) -> tuple[np.ndarray, ...]:
+    """From sytrf's packed form (overwritten): L, d, the diagonal of D^-1, what lies beside it (None without 2 x 2 pivots), the row order.
+
+    d has the determinant and the signs of D: of a 2 x 2 pivot its determinant, always negative, and 1.
+    """
+    L, off, _ = (lapack.dsyconv if packed.dtype == np.float64 else lapack.ssyconv)(
+        packed, pivots, lower=1, overwrite_a=1
+    )
+    d, n = L.diagonal().copy(), len(L)
+    largest = max(np.abs(d).max(), np.abs(off).max())
+    target = np.abs(pivots) - 1  # LAPACK counts from one and marks 2 x 2 pivots by a sign
+    first, beside = (pivots < 0).nonzero()[0][::2], None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if len(first):
+            target[first] = first  # of a 2 x 2 pivot only the second row was swapped
+            second = first + 1
+            a, b, c = d[first], d[second], off[first]
+            det = a * b - c * c
+            d[first], d[second] = det, 1.0
+            beside = np.zeros(n, d.dtype)
+            beside[first] = -c / det
+        inverse = 1.0 / d
+        if len(first):
+            inverse[first], inverse[second] = b / det, a / det
+    if not largest < np.inf:
+        raise SingularPivotError(NOT_FINITE)
+    if not (largest and np.abs(inverse).max() * largest * 4 * n * EPS[d.dtype] < 1.0):
+        raise SingularPivotError(ZERO)
+    order = lapack.dlaswp(np.arange(n, dtype=float)[:, None], target)[:, 0].astype(np.int64)
+    return L, d, inverse, beside, order
+
+
 ZERO = "its smallest pivot is zero to working precision"
 NOT_FINITE = "it is not finite: the curvature overflows"
 
 
-def _zero(S: Tensor) -> float:
-    """Pivots below this share of the largest are rounding errors."""
-    return 4 * S.shape[-1] * torch.finfo(S.dtype).eps
+EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in (np.float64, np.float32)}
 
 
 def subtract_product(V: Tensor, X: Tensor, Y: Tensor) -> None:

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hinv.symmetric import LDL, SMALL, WIDE, Cholesky, Eigen, SingularPivotError, factored, subtract_product
+from hinv.symmetric import LDL, WIDE, Cholesky, Eigen, SingularPivotError, Small, factored, subtract_product
 
 
 def matrix(kind, n, seed, dtype=torch.float64):
@@ -49,20 +50,26 @@ def test_solves_inertia_and_determinant(kind, n, seed, try_cholesky):
 
 
 @pytest.mark.parametrize("kind", ["indefinite", "definite", "zero diagonal"])
-@pytest.mark.parametrize("n", [7, SMALL, SMALL + 40])
-def test_couple_and_sweeps(kind, n):
-    """V - N^T S^-1 N, and what takes N's place: N^T S^-1 t = Y^T u, S^-1 (t - N y) = back(w - Y y). Both LAPACKs."""
+@pytest.mark.parametrize("n", [2, 7, 96, 200])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_couple_and_sweeps(kind, n, arrays):
+    """V - N^T S^-1 N, and what takes N's place: N^T S^-1 t = Y^T u, S^-1 (t - N y) = back(w - Y y); with tensors and with arrays."""
     A = matrix(kind, n, 3)
     generator = torch.Generator().manual_seed(1)
-    N, V, t, y = (torch.randn(r, c, generator=generator).double() for r, c in ((n, 9), (9, 9), (n, 2), (9, 2)))
+    shapes = ((n, 90), (90, 90), (n, 2), (90, 2))
+    N, V, t, y = (torch.randn(r, c, generator=generator, dtype=torch.float64) for r, c in shapes)
     V = V + V.T
-    S, expected = factored(A.clone()), V - N.T @ torch.linalg.solve(A, N)
-    Y = S.couple(N.clone(), V)
-    torch.testing.assert_close(V, expected, rtol=1e-9, atol=1e-9)
+    expected = V - N.T @ torch.linalg.solve(A, N), N.T @ torch.linalg.solve(A, t), torch.linalg.solve(A, t - N @ y)
+    S = Small(A.numpy().copy(), kind == "definite") if arrays else factored(A.clone())
+    if arrays:
+        N, V, t, y = (X.numpy().copy() for X in (N, V, t, y))
+    Y = S.couple(N, V)
     u, w = S.start(t)
-    torch.testing.assert_close(Y.T @ u, N.T @ torch.linalg.solve(A, t), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(S.back(w - Y @ y), torch.linalg.solve(A, t - N @ y), rtol=1e-9, atol=1e-9)
-    check(S, A, {"rtol": 1e-9, "atol": 1e-9})
+    for ours, dense in zip((V, Y.T @ u, S.back(w - Y @ y)), expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), dense, rtol=1e-9, atol=1e-9)
+    values = torch.linalg.eigvalsh(A)
+    assert S.negative == int((values < 0).sum())
+    assert S.log_abs_det == pytest.approx(torch.linalg.slogdet(A)[1].item(), rel=1e-11, abs=1e-11)
 
 
 def test_product_by_block_rows():
@@ -81,12 +88,13 @@ def test_stacks_by_cholesky_or_eigenvalues():
         check(S, stack, {})
 
 
-@pytest.mark.parametrize("n", [9, SMALL + 10])
-def test_float32(n):
-    A = matrix("zero diagonal", n, 1, torch.float32)
-    X = factored(A.clone()).solve(torch.eye(n))
-    assert X.dtype == torch.float32
-    torch.testing.assert_close(A @ X, torch.eye(n), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("kind", ["definite", "zero diagonal"])
+def test_float32(kind):
+    A = matrix(kind, 9, 1, torch.float32)
+    for S, eye in ((factored(A.clone()), torch.eye(9)), (Small(A.numpy().copy(), True), np.eye(9, dtype=np.float32))):
+        X = torch.as_tensor(S.solve(eye))
+        assert X.dtype == torch.float32
+        torch.testing.assert_close(A @ X, torch.eye(9), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("A", [torch.zeros(3, 3), torch.diag(torch.tensor([1.0, -1.0, 0.0])), torch.ones(2, 2) * -1.0])
@@ -95,11 +103,19 @@ def test_singular_is_refused(A):
         factored(A.double())
     with pytest.raises(SingularPivotError, match="smallest pivot is zero"):
         factored(A.double()[None])
+    for try_cholesky in (True, False):
+        with pytest.raises(SingularPivotError, match="smallest pivot is zero"):
+            Small(A.double().numpy().copy(), try_cholesky)
 
 
-@pytest.mark.parametrize("n", [3, SMALL + 1])
-def test_not_finite_is_refused(n):
-    A = torch.eye(n, dtype=torch.float64) * float("nan")
-    for S in (A.clone(), A[None]):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_refused(bad):
+    A = torch.eye(3, dtype=torch.float64)
+    A[1, 1] = bad
+    for call in (
+        lambda: factored(A.clone(), False),
+        lambda: factored(A.clone()[None]),
+        lambda: Small(A.numpy().copy(), True),
+    ):
         with pytest.raises(SingularPivotError, match="not finite"):
-            factored(S)
+            call()
