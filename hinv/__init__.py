@@ -6,11 +6,14 @@ from .estimate import Estimate
 from .factor import SingularShiftError
 from .hessian import GGN, AccuracyWarning, Hessian, SolveReport
 from .networks import tall_skinny
+from .spectrum import CertificateWarning, Eigenpairs
 
 __all__ = [
     "GGN",
     "AccuracyWarning",
     "BlockMatrix",
+    "CertificateWarning",
+    "Eigenpairs",
     "Estimate",
     "Hessian",
     "SingularShiftError",

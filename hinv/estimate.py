@@ -52,7 +52,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     classes = chain.outputs[0].numel()
     for number in reversed(range(len(live))):
         stage = live[number]
-        structure = kind(stage)
+        structure = kind(stage, number > 0)
         a_out, a_in, p = stage.outputs[0].numel(), stage.inputs[0].numel(), len(stage.x)
         rows, k = batch * a_out, batch * a_in if number else 0
         if structure is Diagonal:

@@ -44,10 +44,10 @@ class SingularShiftError(torch.linalg.LinAlgError):
 
 def _each(M: Tensor, X: Tensor) -> Tensor:
     """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
+    if X.shape[2] == 1:
+        return (X[:, :, 0] @ M.T)[:, :, None]
     if isinstance(X, np.ndarray):
         return M @ X
-    if X.shape[2] == 1:
-        return (X.squeeze(2) @ M.T).unsqueeze(2)
     return torch.bmm(M.expand(X.shape[0], *M.shape), X)
 
 
@@ -400,14 +400,15 @@ class Head(Linear):
         basis = T.half(torch.cat([self.Q_in.T, R], 1).expand(classes, m, a + batch))
         inner = basis.mT @ T.over_D(basis)  # (C, a + B, a + B)
         QQ, QR, RR = inner[:, :a, :a], inner[:, :a, a:], inner[:, a:, a:]
-        # P = N^T T^-1 N with N_c = e_nc Q^T + R_n M_nc: the e e term at once, the others sample by sample, classes last in memory
+        # P = N^T T^-1 N with N_c = e_nc Q^T + R_n M_nc: the e e term at once, the others some samples at a time, classes last in memory
         ee = (e.unsqueeze(1) * e).reshape(batch**2, classes)
         P = (ee @ QQ.reshape(classes, a * a)).reshape(batch, batch, a, a).transpose(1, 2).reshape(batch * a, batch * a)
         QR_c, RR_c, M_c = QR.permute(2, 1, 0).contiguous(), RR.permute(2, 1, 0).contiguous(), self.M.mT.contiguous()
         half = torch.empty(batch * a, batch, a).to(P)
-        for n in range(batch):
-            left = torch.mul(M_c, 0.5 * RR_c[n].unsqueeze(1)).addcmul_(e.unsqueeze(1), QR_c[n])  # (B, a, C)
-            half[:, n] = left.reshape(batch * a, classes) @ self.M[n]
+        for n in torch.arange(batch).split(max(1, CHUNK // self.M.numel())):
+            n = slice(int(n[0]), int(n[-1]) + 1)
+            left = (M_c * (0.5 * RR_c[n].unsqueeze(2))).addcmul_(e.unsqueeze(1), QR_c[n].unsqueeze(1))  # (n, B, a, C)
+            half[:, n] = (left.view(-1, batch * a, classes) @ self.M[n]).transpose(0, 1)
         half = half.reshape(batch * a, batch * a)
         V = -(P + half + half.T)
         V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_((self.W.T @ self.M).permute(1, 2, 0))
@@ -534,18 +535,18 @@ def parts(chain: Chain, gauss_newton: bool = False) -> tuple[list[tuple[Stage, o
     for number, stage in enumerate(live):
         if stage.kind == "linear" and stage is live[-1] and known is not None:
             return [*out, (stage, Head(stage, gauss_newton, number > 0, *known))], None
-        out.append((stage, kind(stage)(stage, gauss_newton, number > 0)))
+        out.append((stage, kind(stage, number > 0)(stage, gauss_newton, number > 0)))
     return out, torch.block_diag(*heads.curvature(chain.loss, chain.outputs, chain.targets))
 
 
-def kind(stage: Stage) -> type:
+def kind(stage: Stage, wrt_input: bool) -> type:
     """Which part a stage becomes (a `Head`, where the loss allows it, is for `parts` to say)."""
     if stage.kind == "elementwise":
         return Diagonal
     if stage.kind == "linear":
         batch, a_in = stage.inputs.shape
         n = stage.outputs.shape[1] * min(batch, a_in + (stage.module.bias is not None))
-        small = stage.inputs.device.type == "cpu" and max(n, batch * a_in, stage.outputs.numel()) <= SMALL
+        small = stage.inputs.device.type == "cpu" and max(n, wrt_input * batch * a_in, stage.outputs.numel()) <= SMALL
         return SmallLinear if small else Linear
     module = stage.module
     if type(module) is not nn.Conv2d or stage.inputs.ndim != 4 or module.groups > 1 or module.padding_mode != "zeros":
@@ -573,6 +574,7 @@ def check_right_hand_side(b: Tensor, P: int) -> None:
         raise ValueError(f"the right-hand side has shape {tuple(b.shape)}; expected ({P},) or ({P}, k)")
 
 
+CHUNK = 2**18  # numbers formed at once in a Head
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on flattened samples
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator, gmres
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from . import baselines, heads, paper, sparse
+from . import baselines, heads, paper, sparse, spectrum
 from .chain import Chain
 from .dual import Dual
 from .estimate import Estimate, estimate, require
@@ -49,6 +49,7 @@ class Curvature:
         self.chain = Chain(model, loss, inputs, targets)
         self.last_solve: SolveReport | None = None
         self._structures: dict[torch.dtype, tuple] = {}
+        self._counted: dict[float, int] = {}  # eigenvalues below a shift
         parameters = self.chain.parameters
         with torch.enable_grad():
             self._outputs = self.chain.model(self.chain.inputs.clone())
@@ -198,6 +199,89 @@ class Curvature:
         if dtype not in self._structures:
             self._structures[dtype] = parts(_converted(self.chain, dtype), self.gauss_newton)
         return self._structures[dtype]
+
+    def double(self) -> "Curvature":
+        """The same matrix in float64 arithmetic (itself if it is)."""
+        if self.dtype == torch.float64:
+            return self
+        chain = _converted(self.chain, torch.float64)
+        return type(self)(chain.model, chain.loss, chain.inputs, chain.targets)
+
+    # -- spectrum (`hinv.spectrum`) ------------------------------------------------------------------------------------
+
+    def logdet(self, damping: float = 1e-2) -> tuple[float, float]:
+        """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`."""
+        return self.factor(damping, dtype=torch.float64).logdet
+
+    def count_below(self, shift: float) -> int:
+        """Exact number of eigenvalues below a shift (loss / parameter^2), by the inertia of H - shift I: one factorization, kept for later calls.
+
+        Raises:
+            SingularShiftError: the shift is an eigenvalue (or, at 0, the batch leaves weights without curvature); choose it a little beside.
+            MemoryError: see `factor`.
+        """
+        return spectrum.count_below(self, shift)
+
+    def counts(self, edges: Sequence[float]) -> Tensor:
+        """Exact histogram: how many eigenvalues lie in each of the intervals between n + 1 increasing edges, (n,) int64.
+
+        One factorization for each edge, with a progress bar when it takes long. After Ctrl-C the edges counted so far are kept.
+
+        Raises:
+            ValueError: edges that do not increase. SingularShiftError, MemoryError: see `count_below`.
+        """
+        return spectrum.counts(self, edges)
+
+    def eigval(self, i: int, rtol: float = 1e-8) -> float:
+        """The i-th eigenvalue in ascending order (negative i from the top), by bisection on exact counts: about 30 factorizations.
+
+        Args:
+            i: from -P to P - 1.
+            rtol: half-width of the final bracket relative to the eigenvalue; below 1e-12 of the largest bracket it counts as zero.
+
+        Raises:
+            ValueError: i or rtol out of range. MemoryError: see `factor`.
+        """
+        return spectrum.eigval(self, i, rtol)
+
+    def eigsh(self, k: int = 6, which: str = "LA", sigma: float | None = None) -> spectrum.Eigenpairs:
+        """k eigenvalues with vectors and residuals, certified by exact counts: none skipped, none twice.
+
+        ARPACK on products, or with `sigma` on (H - sigma I)^-1 through the factorization. A count of the region around what was found tells how many
+        there are; what is missing is searched for in the orthogonal complement. Float64 arithmetic.
+
+        Args:
+            k: 1 to P - 1.
+            which: "LA" largest, "SA" smallest, "LM" largest in magnitude; not used with sigma.
+            sigma: the k eigenvalues nearest to this shift (loss / parameter^2).
+
+        Warns:
+            CertificateWarning: the count could not be made, or eigenvalues are still missing; the note says which.
+
+        Raises:
+            ValueError: k or which out of range. SingularShiftError: sigma is an eigenvalue. ArithmeticError: ARPACK found fewer than k.
+        """
+        return spectrum.find(self, k, which, sigma)
+
+    def diagonal(self) -> Tensor:
+        """(P,) the exact diagonal, in O(L) without a factorization: the loss's second derivative goes backwards sample by sample."""
+        return spectrum.diagonal(self)
+
+    def trace(self) -> float:
+        """The exact trace (loss / parameter^2), in O(L)."""
+        return self.diagonal().sum().item()
+
+    def block(self, stage: str | int) -> Tensor:
+        """(p_l, p_l) the exact diagonal block of one stage, by its name or its number among the stages with parameters.
+
+        Raises:
+            ValueError: no such stage.
+        """
+        return spectrum.block(self, stage)
+
+    def by_stage(self) -> dict[str, dict[str, float]]:
+        """{name: {"parameters", "trace", "norm"}} for each stage with parameters; norm is Frobenius, of its diagonal block."""
+        return spectrum.by_stage(self)
 
     # -- solves --------------------------------------------------------------------------------------------------------
 

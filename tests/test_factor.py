@@ -271,7 +271,7 @@ def test_convolution_with_its_weights_shared(options, gauss_newton):
     x, y = torch.randn(5, 1, 7, 6).double(), torch.tensor([0, 1, 2, 0, 1])
     net(x)
     stage = Hessian(net, nn.CrossEntropyLoss(), x, y).chain.stages[2]
-    assert factor.kind(stage) is factor.Conv2d
+    assert factor.kind(stage, True) is factor.Conv2d
     shared, dense = factor.Conv2d(stage, gauss_newton, True), factor.Dense(stage, gauss_newton, True)
     assert shared.p == dense.p
     V = torch.randn(len(dense.J), len(dense.J), dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_other_convolutions_by_their_dense_blocks(options):
     x, y = torch.randn(3, 1, 7, 7).double(), torch.tensor([0, 1, 2])
     net(x)
     H = Hessian(net, nn.CrossEntropyLoss(), x, y)
-    assert factor.kind(H.chain.stages[2]) is factor.Dense
+    assert factor.kind(H.chain.stages[2], True) is factor.Dense
     check(H.factor(0.1), H.dense(), 0.1)
 
 

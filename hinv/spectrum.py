@@ -1,0 +1,328 @@
+"""The spectrum of a curvature matrix from its factorizations: exact counts, certified eigenvalues; exact trace, diagonal and blocks without any.
+
+By Sylvester's law H - s I has as many negative eigenvalues as its factorization has negative pivots: one factorization in O(L) counts the
+eigenvalues below s. Two counts that differ by k prove that k eigenvalues lie between; ARPACK finds them, the counts certify that none was skipped.
+
+Diagonal and blocks need the loss's second derivative alone. Block-diagonal over samples, it goes backwards by V_{l-1} = G_l + A_l^T V_l A_l (no
+elimination), and the block of stage l is E_l + sum_n J_ln^T V_ln J_ln. Matrices are `hinv.Hessian` or `hinv.GGN`; P parameters, B samples.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+from tqdm import tqdm
+
+from . import heads
+from .chain import Stage
+from .factor import SingularShiftError
+from .stages import derivatives, elementwise
+
+ROUNDS = 6  # searches for eigenvalues that the count says are missing
+
+
+class CertificateWarning(UserWarning):
+    """Eigenvalues are returned without the proof that none was skipped."""
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+def count_below(H, shift: float) -> int:
+    shift = float(shift)
+    if shift not in H._counted:
+        H._counted[shift] = H.factor(-shift, dtype=torch.float64).inertia[1]
+    return H._counted[shift]
+
+
+def counts(H, edges: Sequence[float]) -> Tensor:
+    edges = torch.as_tensor(edges, dtype=torch.float64).tolist()
+    if len(edges) < 2 or not all(a < b for a, b in itertools.pairwise(edges)):
+        raise ValueError(
+            f"edges must be at least two increasing numbers, not {edges[:4]}{'...' if len(edges) > 4 else ''}"
+        )
+    below = []
+    try:
+        for edge in tqdm(edges, desc="counting eigenvalues", unit="edge", delay=3, leave=False, disable=None):
+            below.append(count_below(H, edge))
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"{len(below)} of {len(edges)} edges are counted and kept: the same call goes on from there")
+        raise
+    return torch.tensor(below).diff()
+
+
+def eigval(H, i: int, rtol: float = 1e-8) -> float:
+    P = H.shape[0]
+    if not -P <= i < P:
+        raise ValueError(f"there are {P} eigenvalues: i must be from {-P} to {P - 1}, not {i}")
+    if not rtol > 0:
+        raise ValueError(f"rtol must be a positive number, not {rtol}")
+    i %= P
+    radius = (H @ H.gradient).norm().item() / max(H.gradient.norm().item(), 1e-300) or 1.0
+    while count_below(H, -radius) > i or count_below(H, radius) <= i:
+        radius *= 4.0
+    low, high, floor = -radius, radius, 1e-12 * radius
+    with tqdm(desc=f"bisecting for eigenvalue {i}", unit="count", delay=3, leave=False, disable=None) as bar:
+        while high - low > max(rtol * max(abs(low), abs(high)), floor):
+            middle = _countable(H, low, high)
+            low, high = (middle, high) if count_below(H, middle) <= i else (low, middle)
+            bar.update()
+    return (low + high) / 2
+
+
+def _countable(H, low: float, high: float) -> float:
+    """A point well inside (low, high) where H can be factored: the middle, unless that is an eigenvalue."""
+    for share in (0.5, 0.45, 0.55, 0.35):
+        point = low + share * (high - low)
+        try:
+            count_below(H, point)
+            return point
+        except SingularShiftError as error:
+            last = error
+    raise last
+
+
+# -- certified eigenpairs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """k eigenvalues (loss / parameter^2) in ascending order with their vectors (P, k) and residuals |H v - lambda v| (k,).
+
+    `certified`: two inertia counts prove that these are all the eigenvalues in the region searched; `note` says which, or what is missing.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    certified: bool
+    note: str
+
+
+def find(H, k: int, which: str = "LA", sigma: float | None = None) -> Eigenpairs:
+    """`Curvature.eigsh`."""
+    P, H = H.shape[0], H.double()
+    if sigma is None and which not in ("LA", "SA", "LM"):
+        raise ValueError(f"which must be 'LA' (largest), 'SA' (smallest) or 'LM' (largest magnitude), not {which!r}")
+    if not 1 <= k < P:
+        raise ValueError(
+            f"k must be from 1 to {P - 1} (P - 1), not {k}; for all eigenvalues use torch.linalg.eigvalsh(H.dense())"
+        )
+    region = _Region(H, which, sigma)
+    values, vectors = torch.zeros(0, dtype=torch.float64), torch.zeros(P, 0, dtype=torch.float64)
+    certified, note, missing = False, "", k
+    for _ in range(ROUNDS):
+        new = region.search(min(missing, P - 1 - len(values)), vectors)
+        if new.shape[1] == 0:
+            break
+        values, vectors = _rayleigh_ritz(H, torch.cat([vectors, new], 1))
+        rank = region.measure(values).argsort(descending=True)
+        values, vectors = values[rank], vectors[:, rank]
+        if len(values) < k:
+            missing = k - len(values)
+            continue
+        residuals = torch.linalg.vector_norm(H @ vectors[:, :k] - vectors[:, :k] * values[:k], dim=0)
+        try:
+            threshold, exact = region.count(values[:k], residuals)
+        except (SingularShiftError, MemoryError) as error:
+            note = f"not certified: {error}"
+            break
+        found = int((region.measure(values) > threshold).sum())
+        note = f"{exact} eigenvalues {region.describe(threshold)} by inertia, {found} found"
+        certified, missing = found == exact, exact - found
+        if missing <= 0:
+            break
+    if len(values) < k:
+        raise ArithmeticError(
+            f"ARPACK found {len(values)} of {k} eigenvalues; try fewer, or sigma next to the ones you want"
+        )
+    if not certified:
+        warnings.warn(note, CertificateWarning, stacklevel=3)
+    values, order = values[:k].sort()
+    vectors = vectors[:, :k][:, order]
+    residuals = torch.linalg.vector_norm(H @ vectors - vectors * values, dim=0)
+    return Eigenpairs(values, vectors, residuals, certified, note)
+
+
+class _Region:
+    """What is wanted, as a measure whose k largest values they are, with a search by ARPACK and an exact count of what exceeds a threshold."""
+
+    def __init__(self, H, which: str, sigma: float | None):
+        self.H, self.which, self.sigma = H, which, sigma
+        self.inverse = None if sigma is None else H.factor(-sigma, dtype=torch.float64)
+
+    def measure(self, values: Tensor) -> Tensor:
+        if self.sigma is not None:
+            return -(values - self.sigma).abs()
+        return {"LA": values, "SA": -values, "LM": values.abs()}[self.which]
+
+    def search(self, k: int, known: Tensor) -> Tensor:
+        """Up to k vectors (P, k) orthogonal to the known ones."""
+        known, P = known.numpy(), len(known)
+        apply = (lambda v: self.H @ v) if self.inverse is None else self.inverse.solve
+        # where the known ones go: out of the way of what is wanted
+        far = 0.0
+        if self.inverse is None and known.shape[1]:
+            far = (
+                {"LA": -1.0, "SA": 1.0, "LM": 0.0}[self.which] * 10.0 * (self.H @ torch.from_numpy(known)).norm().item()
+            )
+
+        def matvec(v: np.ndarray) -> np.ndarray:
+            v = v.reshape(-1)
+            inside = known.T @ v
+            image = apply(torch.from_numpy(v - known @ inside)).numpy()
+            return image - known @ (known.T @ image) + known @ (far * inside)
+
+        operator = LinearOperator((P, P), matvec=matvec, dtype=np.float64)
+        start = np.random.default_rng(len(known.T)).standard_normal(P)
+        ncv = min(P, max(2 * k + 1, 40))
+        try:
+            _, vectors = eigsh(
+                operator, k, which=self.which if self.inverse is None else "LM", v0=start, ncv=ncv, tol=1e-10
+            )
+        except ArpackNoConvergence as error:
+            vectors = error.eigenvectors
+        return torch.from_numpy(np.ascontiguousarray(vectors - known @ (known.T @ vectors)))
+
+    def count(self, values: Tensor, residuals: Tensor) -> tuple[float, int]:
+        """A threshold just beyond the last of these values, and how many eigenvalues exceed it."""
+        scale = max(values.abs().max().item(), abs(self.sigma or 0.0))
+        margin = max(10.0 * residuals.max().item(), 1e-10 * scale, 1e-14)
+        worst = self.measure(values).min().item()
+        for attempt in range(4):
+            threshold = worst - margin * 3.0**attempt
+            try:
+                return threshold, self._exceeding(threshold)
+            except SingularShiftError as error:
+                last = error
+        raise last
+
+    def _exceeding(self, t: float) -> int:
+        H, P = self.H, self.H.shape[0]
+        if self.sigma is not None:
+            return count_below(H, self.sigma - t) - count_below(H, self.sigma + t)
+        if self.which == "LA":
+            return P - count_below(H, t)
+        if self.which == "SA":
+            return count_below(H, -t)
+        return P if t <= 0 else P - count_below(H, t) + count_below(H, -t)
+
+    def describe(self, t: float) -> str:
+        if self.sigma is not None:
+            return f"within {-t:.6g} of {self.sigma:g}"
+        return {"LA": f"above {t:.6g}", "SA": f"below {-t:.6g}", "LM": f"of magnitude above {t:.6g}"}[self.which]
+
+
+def _rayleigh_ritz(H, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The best eigenpairs of H in the span of a basis (P, k)."""
+    basis = torch.linalg.qr(basis)[0]
+    values, inner = torch.linalg.eigh(basis.T @ (H @ basis))
+    return values, basis @ inner
+
+
+# -- trace, diagonal, blocks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stage's diagonal block, E + sum_n J_n^T V_n J_n, as functions of what is asked."""
+
+    stage: Stage
+    diagonal: Callable[[], Tensor]
+    dense: Callable[[], Tensor]
+    norm: Callable[[], Tensor]  # Frobenius
+
+
+def blocks(H) -> Iterator[Block]:
+    """The blocks of the stages with parameters, from the last to the first, one alive at a time."""
+    chain, live = H.chain, H.chain.live
+    V = heads.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
+    for number, stage in reversed(list(enumerate(live))):
+        if stage.kind == "elementwise":
+            slope, bend = elementwise(stage)
+            V = V * slope.unsqueeze(1) * slope.unsqueeze(2)
+            if not H.gauss_newton:
+                V.diagonal(dim1=1, dim2=2).add_(bend)
+            continue
+        if stage.kind == "linear":
+            yield _linear(stage, V)
+            W = stage.module.weight.detach()
+            V = W.T @ V @ W if number else None
+            continue
+        D = derivatives(stage, wrt_input=number > 0)
+        if stage.parameters:
+            yield _general(stage, D, V, H.gauss_newton)
+        if number:
+            V = D.A.mT @ V @ D.A if H.gauss_newton else D.G + D.A.mT @ V @ D.A
+
+
+def _linear(stage: Stage, V: Tensor) -> Block:
+    """sum_n V_n kron (z~_n z~_n^T), z~ = [z, 1]: nothing of size p x p unless `dense` is called."""
+    z, bias = stage.inputs, stage.module.bias is not None
+    a_out, a_in = stage.module.weight.shape
+
+    def diagonal() -> Tensor:
+        units = V.diagonal(dim1=1, dim2=2)  # (B, a_out)
+        weights = (units.T @ z.square()).flatten()
+        return torch.cat([weights, units.sum(0)]) if bias else weights
+
+    def dense() -> Tensor:
+        rows = torch.cat([z, torch.ones_like(z[:, :1])], 1) if bias else z
+        full = torch.einsum("nop,nd,ne->odpe", V, rows, rows).reshape(a_out * rows.shape[1], -1)
+        if not bias:
+            return full
+        index = torch.arange(len(full), device=full.device).reshape(a_out, a_in + 1)
+        order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+        return full[order][:, order]
+
+    def norm() -> Tensor:
+        inner = z @ z.T + float(bias)
+        flat = V.flatten(1)
+        return ((flat @ flat.T) * inner.square()).sum().clamp_min(0.0).sqrt()
+
+    return Block(stage, diagonal, dense, norm)
+
+
+def _general(stage: Stage, D, V: Tensor, gauss_newton: bool) -> Block:
+    def diagonal() -> Tensor:
+        out = ((V @ D.J) * D.J).sum((0, 1))
+        return out if gauss_newton else out + D.E.diagonal()
+
+    def dense() -> Tensor:
+        out = D.J.flatten(0, 1).T @ (V @ D.J).flatten(0, 1)
+        return out if gauss_newton else out + D.E
+
+    return Block(stage, diagonal, dense, lambda: torch.linalg.matrix_norm(dense()))
+
+
+def diagonal(H) -> Tensor:
+    return torch.cat([block.diagonal() for block in blocks(H)][::-1])
+
+
+def by_stage(H) -> dict[str, dict[str, float]]:
+    """`Curvature.by_stage`."""
+    out = {}
+    for block in blocks(H):
+        out[block.stage.name] = {
+            "parameters": len(block.stage.x),
+            "trace": block.diagonal().sum().item(),
+            "norm": block.norm().item(),
+        }
+    return dict(reversed(out.items()))
+
+
+def block(H, stage: str | int) -> Tensor:
+    names = [s.name for s in H.chain.live if s.parameters]
+    if isinstance(stage, int) and -len(names) <= stage < len(names):
+        stage = names[stage]
+    for candidate in blocks(H):
+        if candidate.stage.name == stage:
+            return candidate.dense()
+    raise ValueError(
+        f"no stage {stage!r} with parameters: use one of {', '.join(map(repr, names))}, or its number from 0 to {len(names) - 1}"
+    )

@@ -1,0 +1,241 @@
+"""Counts, certified eigenvalues, trace, diagonal and blocks against the dense matrix."""
+
+import pytest
+import torch
+from conftest import NAMES, build, reference_hessian, relative
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hinv
+from hinv import GGN, CertificateWarning, Hessian, SingularShiftError, spectrum
+from hinv.networks import tall_skinny
+
+
+def network(sizes=(8, *[6] * 5, 4), batch=12, kind=Hessian, gain=1.0, bias=True, seed=0):
+    x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return kind(
+        tall_skinny(sizes, gain=gain, bias=bias, seed=seed), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1]
+    )
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_are_those_of_eigvalsh(name):
+    H = Hessian(*build(name))
+    values = torch.linalg.eigvalsh(reference_hessian(*build(name)))
+    edges = torch.linspace(values[0] * 1.05 - 1e-3, values[-1] * 1.05 + 1e-3, 8).double()
+    edges = edges[torch.stack([(values - e).abs().min() > 1e-9 for e in edges])]
+    assert H.counts(edges).tolist() == torch.histogram(values, edges).hist.int().tolist()
+    assert H.count_below(edges[0].item()) == 0 and H.count_below(edges[-1].item()) == len(values)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=2, max_size=6),
+    batch=st.integers(1, 8),
+    kind=st.sampled_from([Hessian, GGN]),
+    share=st.floats(-1.2, 1.2),
+    seed=st.integers(0, 99),
+)
+def test_count_below(sizes, batch, kind, share, seed):
+    H = network(sizes, batch, kind, seed=seed)
+    values = torch.linalg.eigvalsh(H.dense())
+    shift = share * values.abs().max().item()
+    assume((values - shift).abs().min() > 1e-9 * max(1.0, values.abs().max().item()))
+    try:
+        assert H.count_below(shift) == int((values < shift).sum())
+    except SingularShiftError:
+        assume(False)  # an unlucky pivot inside: refused, not wrong
+
+
+def test_counts_are_kept_and_survive_an_interruption(monkeypatch):
+    H, calls = network(), []
+    factor = H.factor
+
+    def interrupted(damping, dtype):
+        calls.append(damping)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return factor(damping, dtype)
+
+    monkeypatch.setattr(H, "factor", interrupted)
+    edges = [-9.0, -0.1, 0.1, 9.0]
+    with pytest.raises(KeyboardInterrupt) as stop:
+        H.counts(edges)
+    assert "2 of 4 edges are counted and kept" in stop.value.__notes__[0]
+    assert int(H.counts(edges).sum()) == H.shape[0]
+    assert calls == [9.0, 0.1, -0.1, -0.1, -9.0]
+
+
+def test_bad_edges_and_shifts_on_eigenvalues():
+    two = nn.Sequential(nn.Linear(2, 1, bias=False)).double()  # squared error of two weights: H = 2 I
+    H = Hessian(two, nn.MSELoss(reduction="sum"), torch.eye(2).double(), torch.zeros(2, 1).double())
+    for edges in ([0.1], [0.2, 0.1], [0.1, 0.1], [0.0, float("nan")]):
+        with pytest.raises(ValueError, match="edges must be at least two increasing numbers"):
+            H.counts(edges)
+    for call in (H.count_below, lambda s: H.counts([-1.0, s]), lambda s: H.eigsh(1, sigma=s)):
+        with pytest.raises(SingularShiftError, match="minus an eigenvalue"):
+            call(2.0)
+    assert (H.count_below(1.99), H.count_below(2.01)) == (0, 2)
+    with pytest.raises(ValueError, match="finite number"):
+        H.count_below(float("nan"))
+
+
+# -- eigenvalues -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", (Hessian, GGN))
+def test_both_ends_and_the_interior_are_certified(kind):
+    H = network(kind=kind)
+    values = torch.linalg.eigvalsh(H.dense())
+    inside = [values[5].item() + 1e-4, values[-12].item() * 0.99, 0.1 * values[-1].item()]
+    wanted = {("LA", None): values[-5:], ("SA", None): values[:5]} if kind is Hessian else {("LA", None): values[-5:]}
+    wanted[("LM", None)] = values[values.abs().argsort()[-5:]].sort().values
+    for sigma in inside if kind is Hessian else inside[1:]:
+        wanted[("LM", sigma)] = values[(values - sigma).abs().argsort()[:5]].sort().values
+    for (which, sigma), expected in wanted.items():
+        found = H.eigsh(5, which, sigma)
+        assert found.certified and "by inertia" in found.note
+        assert (found.values - expected).abs().max() < 1e-10
+        assert found.residuals.max() < 1e-8
+        assert relative(H @ found.vectors, found.vectors * found.values) < 1e-7
+        torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(5).double(), rtol=0, atol=1e-10)
+
+
+def repeated():
+    """Two equal halves that never meet: a GGN with every eigenvalue at least twice."""
+    torch.manual_seed(0)
+    small, x = tall_skinny((3, 4, 2)), torch.randn(6, 3).double()
+    big = tall_skinny((6, 8, 4))
+    with torch.no_grad():
+        for p, q in zip(big.parameters(), small.parameters(), strict=True):
+            p.copy_(torch.block_diag(q, q) if q.ndim == 2 else torch.cat([q, q]))
+    return big, nn.MSELoss(reduction="sum"), torch.cat([x, x], 1), torch.zeros(6, 4).double()
+
+
+def test_multiplicities_are_neither_skipped_nor_repeated():
+    G = GGN(*repeated())
+    values = torch.linalg.eigvalsh(G.dense())
+    assert (values[-1] - values[-2]).abs() < 1e-12 * values[-1]
+    for k in (1, 3, 4):
+        found = G.eigsh(k)
+        assert found.certified
+        torch.testing.assert_close(found.values, values[-k:])
+    found = G.eigsh(4, sigma=values[-3].item() + 0.01)
+    assert found.certified
+    nearest = values[(values - values[-3] - 0.01).abs().argsort()[:4]].sort().values
+    torch.testing.assert_close(found.values, nearest)
+
+
+def test_what_arpack_skips_is_found(monkeypatch):
+    """ARPACK made to miss the largest eigenvalue: the count says so, and the second search finds it."""
+    H, searches = network(), []
+    search = spectrum._Region.search
+
+    def forgetful(self, k, known):
+        searches.append(k)
+        if len(searches) > 1:
+            return search(self, k, known)
+        top = search(self, k + 1, known)
+        return top[:, :-1]  # ascending: the last is the largest
+
+    monkeypatch.setattr(spectrum._Region, "search", forgetful)
+    found = H.eigsh(3)
+    assert found.certified and searches == [3, 1]
+    assert (found.values - torch.linalg.eigvalsh(H.dense())[-3:]).abs().max() < 1e-10
+    monkeypatch.setattr(
+        spectrum._Region,
+        "search",
+        lambda self, k, known: search(self, 5, known)[:, :-1][:, -3:] if not known.shape[1] else known[:, :0],
+    )
+    with pytest.warns(CertificateWarning, match="4 eigenvalues above .* by inertia, 3 found"):
+        assert not H.eigsh(3).certified
+
+
+def test_no_memory_for_the_count_is_said(monkeypatch):
+    H = network()
+    expected = H.eigsh(2).values
+    monkeypatch.setattr(H, "factor", lambda *a, **k: (_ for _ in ()).throw(MemoryError("needs 10 bytes")))
+    H._counted.clear()
+    with pytest.warns(CertificateWarning, match="not certified: needs 10 bytes"):
+        found = H.eigsh(2)
+    assert not found.certified
+    torch.testing.assert_close(found.values, expected)
+
+
+def test_eigsh_refuses():
+    H = network()
+    for k in (0, H.shape[0]):
+        with pytest.raises(ValueError, match="k must be from 1 to"):
+            H.eigsh(k)
+    with pytest.raises(ValueError, match="'LA'"):
+        H.eigsh(2, "BE")
+
+
+@pytest.mark.parametrize("kind", (Hessian, GGN))
+def test_eigval_by_bisection(kind):
+    H = network(kind=kind)
+    values = torch.linalg.eigvalsh(H.dense())
+    for i in (0, 3, len(values) // 2, -4, -1):
+        assert H.eigval(i) == pytest.approx(values[i].item(), rel=2e-8, abs=1e-10)
+    assert H.eigval(0, rtol=1e-2) == pytest.approx(values[0].item(), rel=1e-2, abs=1e-10)
+    for i in (len(values), -len(values) - 1):
+        with pytest.raises(ValueError, match=f"there are {len(values)} eigenvalues"):
+            H.eigval(i)
+    with pytest.raises(ValueError, match="rtol"):
+        H.eigval(0, rtol=0.0)
+
+
+def test_float32_models_are_counted_in_float64():
+    H = network()
+    single = Hessian(H.chain.model.float(), H.chain.loss, H.chain.inputs.float(), H.chain.targets)
+    double = single.double()
+    assert double.dtype == torch.float64 and double.double() is double
+    values = torch.linalg.eigvalsh(double.dense())
+    assert single.count_below(0.01) == int((values < 0.01).sum())
+    found = single.eigsh(3)
+    assert found.certified and found.values.dtype == torch.float64
+    torch.testing.assert_close(found.values, values[-3:])
+    assert single.logdet(0.1)[1] == pytest.approx((values + 0.1).abs().log().sum().item(), rel=1e-9)
+
+
+# -- trace, diagonal, blocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", (Hessian, GGN))
+@pytest.mark.parametrize("name", NAMES)
+def test_diagonal_trace_and_blocks(name, kind):
+    H = kind(*build(name))
+    D = H.dense()
+    if kind is Hessian:
+        D = reference_hessian(*build(name))
+    scale = D.abs().max().item()
+    torch.testing.assert_close(H.diagonal(), D.diagonal(), rtol=1e-10, atol=1e-12 * scale)
+    assert H.trace() == pytest.approx(D.trace().item(), rel=1e-10, abs=1e-11 * scale)
+    start, stages = 0, [s for s in H.chain.live if s.parameters]
+    table = H.by_stage()
+    assert list(table) == [s.name for s in stages]
+    for number, stage in enumerate(stages):
+        p = len(stage.x)
+        part = D[start : start + p, start : start + p]
+        torch.testing.assert_close(H.block(number), part, rtol=1e-10, atol=1e-12 * scale)
+        torch.testing.assert_close(H.block(stage.name), part, rtol=1e-10, atol=1e-12 * scale)
+        row = table[stage.name]
+        assert row["parameters"] == p
+        assert row["trace"] == pytest.approx(part.trace().item(), rel=1e-10, abs=1e-11 * scale)
+        assert row["norm"] == pytest.approx(torch.linalg.matrix_norm(part).item(), rel=1e-9, abs=1e-9 * scale)
+        start += p
+
+
+def test_no_such_block():
+    H = network()
+    for stage in ("nowhere", 99):
+        with pytest.raises(ValueError, match=r"no stage .* with parameters: use one of '0', "):
+            H.block(stage)
+
+
+def test_names_are_public():
+    assert hinv.Eigenpairs is spectrum.Eigenpairs and hinv.CertificateWarning is spectrum.CertificateWarning
