@@ -1,10 +1,11 @@
 """hinv: exact curvature of deep, narrow networks in time linear in depth."""
 
-from . import checks, data, paper
+from . import checks, data, paper, spectrum
 from .blocks import BlockMatrix
 from .estimate import Estimate
 from .factor import SingularShiftError
 from .hessian import GGN, AccuracyWarning, Hessian, SolveReport
+from .monitor import CurvatureMonitor
 from .networks import tall_skinny
 from .spectrum import CertificateWarning, Eigenpairs
 
@@ -13,6 +14,7 @@ __all__ = [
     "AccuracyWarning",
     "BlockMatrix",
     "CertificateWarning",
+    "CurvatureMonitor",
     "Eigenpairs",
     "Estimate",
     "Hessian",
@@ -21,6 +23,7 @@ __all__ = [
     "checks",
     "data",
     "paper",
+    "spectrum",
     "tall_skinny",
 ]
 __version__ = "0.1.0"

@@ -155,3 +155,27 @@ def categories(
     axis.set_yticks([i + 0.5 for i in range(len(rows))], [str(r) for r in rows])
     axis.tick_params(length=0)
     return figure
+
+
+def spectrum(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    estimates: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Exact eigenvalue counts per bin as steps, and estimated densities (grid, density) as the numbers they predict for the same bins."""
+    edges, total = np.asarray(edges), int(np.sum(counts))
+    figure, axis = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    axis.stairs(np.asarray(counts), edges, fill=True, color="0.8", label="exact count")
+    axis.stairs(np.asarray(counts), edges, color="0.3")
+    centres = (edges[1:] + edges[:-1]) / 2
+    for k, (name, (grid, density)) in enumerate((estimates or {}).items()):
+        grid, density = np.asarray(grid), np.asarray(density)
+        cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(grid))])
+        predicted = total * np.diff(np.interp(edges, grid, cumulative / cumulative[-1]))
+        axis.plot(centres, predicted, marker=MARKERS[k], ms=4, lw=1, color=PALETTE[k], label=name)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set(xlabel="eigenvalue, loss / parameter$^2$", ylabel="eigenvalues in the bin", title=title, ylim=(0, None))
+    axis.legend(frameon=False)
+    sns.despine(figure)
+    return figure

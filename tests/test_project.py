@@ -53,6 +53,9 @@ def test_everything_imported_is_pinned():
         "yaml": "pyyaml",
         "packaging": "pytest",
         "IPython": "ipykernel",
+        "backpack": "backpack-for-pytorch",
+        "curvlinops": "curvlinops-for-pytorch",
+        "hessian_eigenthings": "hessian-eigenthings",
     }
     sources = [path.read_text() for folder in ("hinv", "tests") for path in (ROOT / folder).glob("*.py")]
     sources += [

@@ -239,3 +239,105 @@ def test_no_such_block():
 
 def test_names_are_public():
     assert hinv.Eigenpairs is spectrum.Eigenpairs and hinv.CertificateWarning is spectrum.CertificateWarning
+
+
+# -- whole data sets ---------------------------------------------------------------------------------------------------
+
+
+def problem():
+    torch.manual_seed(0)
+    return tall_skinny((5, 6, 3)), nn.CrossEntropyLoss(), torch.randn(20, 5).double(), torch.arange(20) % 3
+
+
+def batches(x, y, sizes):
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")])
+def test_data_hessian_adds_batches_of_any_size(loss):
+    model, _, x, y = problem()
+    D = Hessian(model, loss, x, y).dense()
+    data = torch.utils.data.TensorDataset(x, y)
+    for loader in (batches(x, y, [16, 4]), torch.utils.data.DataLoader(data, batch_size=7)):
+        A = spectrum.DataHessian(model, loss, loader)
+        assert relative(A @ torch.eye(len(D)).double(), D) < 1e-12
+        assert relative(A @ D[0], D @ D[0]) < 1e-12
+    values = torch.linalg.eigvalsh(D)
+    found = A.eigsh(2, "SA")
+    torch.testing.assert_close(found.values, values[:2])
+    assert not found.certified and found.residuals.max() < 1e-8
+    for method, products in (("hutchinson", 200), ("hutch++", 150), ("xtrace", 150)):
+        t = A.trace(method, products)
+        assert abs(t.value - D.trace().item()) < 5 * t.standard_error + 1e-9
+        assert t.products <= products and t.estimates >= 2 and A.trace(method, products) == t
+    grid, density = A.density(steps=20)
+    assert grid[0] < values[0] and grid[-1] > values[-1]
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_data_hessian_refuses():
+    model, loss, x, y = problem()
+    data = torch.utils.data.TensorDataset(x, y)
+    make = spectrum.DataHessian
+    with pytest.raises(ValueError, match=r"RandomSampler.*shuffle=False"):
+        make(model, loss, torch.utils.data.DataLoader(data, shuffle=True))
+    for empty in ([], torch.utils.data.DataLoader([])):
+        with pytest.raises(ValueError, match="the loader is empty"):
+            make(model, loss, empty)
+    for gone in (iter([(x, y)]), ((a, b) for a, b in [(x, y)]), 3):
+        with pytest.raises(TypeError, match="gone after one pass"):
+            make(model, loss, gone)
+    bad = x.clone()
+    bad[9] = float("nan")
+    with pytest.raises(ValueError, match="batch 2 of the loader contains NaN"):
+        make(model, loss, batches(bad, y, 4))
+    with pytest.raises(TypeError, match="reduction 'mean' or 'sum'"):
+        make(model, lambda a, b: a.sum(), [(x, y)])
+    with pytest.raises(ValueError, match="class weights"):
+        make(model, nn.CrossEntropyLoss(weight=torch.ones(3).double()), [(x, y)])
+    with pytest.raises(ValueError, match="do not repeat themselves"):
+        make(nn.Sequential(model, nn.Dropout(0.5)), loss, [(x, y)])
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make(nn.Flatten(), loss, [(x, y)])
+    A = make(model, loss, [(x, y)])
+    with pytest.raises(ValueError, match="the factor has shape"):
+        A @ torch.ones(3).double()
+    with pytest.raises(ValueError, match="k must be from 1"):
+        A.eigsh(A.shape[0])
+    with pytest.raises(ValueError, match="method must be one of"):
+        A.trace("guess")
+    with pytest.raises(ValueError, match="too few"):
+        A.trace("xtrace", 3)
+
+
+def test_products_that_overflow_are_named():
+    model, loss, x, y = problem()
+    A = spectrum.DataHessian(model, loss, [(x, y)])
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        A @ torch.ones(A.shape[0]).double()
+    with pytest.raises(ArithmeticError, match="not finite"):
+        A.trace("hutchinson", 3)
+
+
+def test_an_interrupted_trace_keeps_what_it_had(monkeypatch):
+    model, loss, x, y = problem()
+    A = spectrum.DataHessian(model, loss, [(x, y)])
+    import curvlinops
+
+    calls, plain = [], curvlinops.hutchinson_trace
+
+    def stops(operator, num_matvecs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return plain(operator, num_matvecs=num_matvecs)
+
+    monkeypatch.setattr(curvlinops, "hutchinson_trace", stops)
+    with pytest.warns(UserWarning, match="interrupted after 7 of 50 estimates"):
+        t = A.trace("hutchinson", 50)
+    assert t.estimates == 7
+    calls[:] = [1] * 6
+    with pytest.raises(KeyboardInterrupt):  # one estimate has no error
+        A.trace("hutchinson", 50)

@@ -1,0 +1,154 @@
+"""Curvature during anybody's training: call a monitor once per optimizer step, and every so many steps it measures on a fixed batch."""
+
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .hessian import Hessian
+
+
+def _exact(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float) -> dict:
+    H, out = Hessian(model, loss, x, y).double(), {}
+    top = H.eigsh(1, "LM").values.abs().max().item() if "negative" in what else 0.0
+    for name in what:
+        if name in ("lambda_max", "lambda_min"):
+            found = H.eigsh(1, "LA" if name == "lambda_max" else "SA")
+            out[name], out[f"{name}_certified"] = found.values[0].item(), found.certified
+        elif name == "trace":
+            out[name] = H.trace()
+        elif name == "negative":  # away from the zeros of weights that the batch does not excite
+            out["negative_below"] = -NEGATIVE * top
+            out[name] = H.count_below(-NEGATIVE * top)
+        elif name == "logdet":
+            out["logdet_sign"], out[name] = H.logdet(damping)
+    return out
+
+
+def _pyhessian(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float) -> dict:
+    from pyhessian import hessian
+
+    h, out = hessian(model, loss, data=(x, y), cuda=x.is_cuda), {}
+    if "lambda_max" in what:
+        out["lambda_max"] = float(h.eigenvalues()[0][0])
+    if "trace" in what:
+        samples = torch.tensor(h.trace(tol=0.0), dtype=torch.float64)  # its default tolerance stops after as few as two
+        out["trace"], out["trace_error"] = samples.mean().item(), (samples.std() / len(samples) ** 0.5).item()
+    return out
+
+
+def _hessian_eigenthings(
+    model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float
+) -> dict:
+    import hessian_eigenthings as he
+
+    operator, out = he.HessianOperator(model, [(x, y)], he.supervised_loss(loss)), {}
+    for name, which in (("lambda_max", "LA"), ("lambda_min", "SA")):
+        if name in what:  # its default number of steps converges nothing; 50 is the most it reorthogonalizes
+            out[name] = float(he.lanczos(operator, k=1, which=which, max_iter=50, seed=0).eigenvalues[0])
+    if "trace" in what:
+        estimate = he.trace(operator, num_matvecs=99, seed=0)
+        out["trace"], out["trace_error"] = float(estimate.estimate), float(estimate.stderr)
+    return out
+
+
+NEGATIVE = 1e-6  # of the largest eigenvalue: what counts as negative lies below minus this share of it
+BACKENDS = {
+    "hinv": (_exact, ("lambda_max", "lambda_min", "trace", "negative", "logdet")),
+    "pyhessian": (_pyhessian, ("lambda_max", "trace")),
+    "hessian_eigenthings": (_hessian_eigenthings, ("lambda_max", "lambda_min", "trace")),
+}
+
+
+class CurvatureMonitor:
+    """Measures the Hessian of a fixed probe batch every `every` steps and leaves training as it was, to the bit.
+
+    It works on a copy of the model in eval mode: parameters, gradients, buffers, the train/eval mode and the state of the random
+    numbers are not touched. A measurement that fails (NaN in the weights, for example) is recorded with its error and warned of; training goes on.
+
+    Args:
+        model, loss, inputs, targets: as `hinv.Hessian` takes them; inputs and targets are the probe batch. The other backends take any model.
+        every: steps between measurements; the first call measures.
+        what: any of "lambda_max", "lambda_min", "trace", "negative" (number of eigenvalues below -1e-6 of the largest in magnitude) and "logdet"
+            (of H + damping I). "hinv" is exact; "pyhessian" estimates lambda_max and the trace, "hessian_eigenthings" also lambda_min.
+        backend: "hinv", "pyhessian" or "hessian_eigenthings".
+        path: a file of JSON lines, one for each measurement, appended and flushed.
+        writer: a TensorBoard SummaryWriter, or anything with add_scalar(tag, value, step).
+        damping: of the log-determinant (loss / parameter^2).
+
+    Raises:
+        ValueError: every < 1, an unknown backend, or something it does not measure.
+
+    Example:
+        >>> monitor = hinv.CurvatureMonitor(model, loss, x, y, every=500)
+        >>> for x, y in loader: ...; optimizer.step(); monitor()
+        >>> monitor.records, monitor.fraction
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        every: int = 500,
+        what: tuple[str, ...] = ("lambda_max", "trace"),
+        backend: str = "hinv",
+        path: str | Path | None = None,
+        writer=None,
+        damping: float = 1e-2,
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: use {', '.join(map(repr, BACKENDS))}")
+        self._measure, able = BACKENDS[backend]
+        if isinstance(what, str) or not what or set(what) - set(able):
+            raise ValueError(
+                f"backend {backend!r} measures {', '.join(map(repr, able))}; what={what!r} must be a tuple of these"
+            )
+        self.model, self.loss, self.probe = model, loss, (inputs.detach().clone(), targets.detach().clone())
+        self.every, self.what, self.backend, self.damping = every, tuple(what), backend, damping
+        self.path, self.writer = None if path is None else Path(path), writer
+        self.step, self.records, self.seconds, self._started = 0, [], 0.0, time.perf_counter()
+
+    @property
+    def fraction(self) -> float:
+        """Share of the time since the monitor was made that went into measuring."""
+        return self.seconds / max(time.perf_counter() - self._started, 1e-12)
+
+    def __call__(self) -> dict | None:
+        """Count one step; every `every` steps measure, and return the record."""
+        step, self.step = self.step, self.step + 1
+        if step % self.every:
+            return None
+        start = time.perf_counter()
+        record = {"step": step, "backend": self.backend}
+        devices = [self.probe[0].device] if self.probe[0].is_cuda else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)  # of the copy's estimators; fork_rng restores training's numbers
+            try:
+                probe = copy.deepcopy(self.model).eval()
+                probe.zero_grad(set_to_none=True)
+                record |= self._measure(probe, self.loss, *self.probe, self.what, self.damping)
+            except Exception as error:
+                record["error"] = f"{type(error).__name__}: {error}"
+        if "error" in record:
+            warnings.warn(f"no curvature at step {step}: {record['error']}", UserWarning, stacklevel=2)
+        record["seconds"] = time.perf_counter() - start
+        self.seconds += record["seconds"]
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.writer is not None:
+            for name in self.what:
+                if name in record:
+                    self.writer.add_scalar(f"curvature/{name}", record[name], step)
+        return record
