@@ -164,7 +164,7 @@ def spectrum(
     title: str = "",
 ) -> Figure:
     """Exact eigenvalue counts per bin as steps, and estimated densities (grid, density) as the numbers they predict for the same bins."""
-    edges, total = np.asarray(edges), int(np.sum(counts))
+    edges, total = np.asarray(edges), int(np.asarray(counts).sum())
     figure, axis = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     axis.stairs(np.asarray(counts), edges, fill=True, color="0.8", label="exact count")
     axis.stairs(np.asarray(counts), edges, color="0.3")

@@ -24,7 +24,7 @@ def _pyhessian(model, loss, x, y):
     return hessian(copy.deepcopy(model), loss, data=(x, y), cuda=x.is_cuda)
 
 
-def _eigenthings(model, loss, x, y):
+def eigenthings(model, loss, x, y):
     import hessian_eigenthings as he
 
     return he, he.HessianOperator(copy.deepcopy(model), [(x, y)], he.supervised_loss(loss))
@@ -32,7 +32,7 @@ def _eigenthings(model, loss, x, y):
 
 def _lanczos(which: str, k: int = 1) -> Callable:
     def ask(*problem) -> float | Tensor:
-        he, operator = _eigenthings(*problem)
+        he, operator = eigenthings(*problem)
         values = he.lanczos(operator, k=k, which=which, max_iter=50, seed=0).eigenvalues
         return values[0].item() if k == 1 else values.sort().values
 
@@ -92,7 +92,7 @@ def _pyhessian_density(*problem) -> float:
 
 
 def _eigenthings_density(*problem) -> float:
-    he, operator = _eigenthings(*problem)
+    he, operator = eigenthings(*problem)
     result = he.spectral_density(operator, seed=0)
     return _share_below(result.grid, result.density)
 
@@ -181,7 +181,7 @@ PEERS: dict[str, dict[str, Callable]] = {
         "hinv": lambda *p: Hessian(*p).trace(),
         "PyHessian": _seeded(lambda *p: float(sum(s := _pyhessian(*p).trace()) / len(s))),
         "hessian-eigenthings": lambda *p: (lambda he, op: he.trace(op, num_matvecs=300, seed=0).estimate)(
-            *_eigenthings(*p)
+            *eigenthings(*p)
         ),
         "BackPACK": lambda *p: _backpack("DiagHessian", "diag_h")(*p).sum().item(),
         "curvlinops": _seeded(lambda *p: (lambda c, op: c.xtrace(op, num_matvecs=300).item())(*_linop(*p))),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from hinv import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -133,6 +136,14 @@ def test_readme_example_runs():
     ).stdout
     assert "method='factor'" in out
     assert float(re.findall(r"tensor\((\S+),", out)[-1]) < 1e-8
+
+
+def test_readme_shows_the_measured_figures():
+    figures = json.loads((ROOT / "results" / "bench.json").read_text())["figures"]
+    table = bench.table(figures)
+    assert table in (ROOT / "README.md").read_text(), "replace the README's table by:\n" + table
+    for name, figure in figures["7 against SuperLU on K"].items():
+        assert figure["reached"] == (figure["ratio"] >= figure["target"]), name
 
 
 def test_readme_lists_every_notebook_and_figure():
