@@ -49,8 +49,8 @@ def heatmaps(
     for axis, (title, array) in zip(axes[0], arrays.items(), strict=True):
         image = axis.imshow(array, cmap="RdBu_r", norm=norm, interpolation="nearest", aspect="auto")
         for edge in boundaries:
-            axis.axhline(edge - 0.5, color="0.6", lw=0.4)
-            axis.axvline(edge - 0.5, color="0.6", lw=0.4)
+            axis.axhline(edge - 0.5, color="0.1", lw=0.7)
+            axis.axvline(edge - 0.5, color="0.1", lw=0.7)
         if mark is not None:
             for line in (axis.axhline, axis.axvline):
                 line(mark, color=PALETTE[2], lw=2.5, alpha=0.7)
@@ -107,7 +107,7 @@ def curves(
     ticks = sorted({value for x, _ in series.values() for value in x})
     if "x" in log:
         axis.set_xscale("log")
-    if len(ticks) <= 10:
+    if len(ticks) <= 10 and sum(len(f"{tick:g}") for tick in ticks) <= 45:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axis.minorticks_off()
     if "y" in log:

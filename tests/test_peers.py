@@ -66,12 +66,10 @@ def test_what_is_broken_is_still_broken(problem):
 
 def test_questions_do_not_touch_the_model(problem):
     model, before = problem[0], [p.clone() for p in problem[0].parameters()]
-    state = torch.get_rng_state()
     for question in ("largest eigenvalue", "trace", "diagonal"):
         for ask in peers.PEERS[question].values():
             ask(*problem)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_error():
