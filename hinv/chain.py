@@ -81,12 +81,13 @@ class Chain:
         loss: callable (outputs, targets) -> scalar, a sum or a mean over samples.
         inputs: (B, ...) floating point, dtype and device of the model.
         targets: as the loss wants them.
+        check: False for a model and a loss that passed once; what costs nothing is checked all the same.
 
     Raises:
         TypeError, ValueError: anything the algorithms cannot take, by name and with the remedy.
     """
 
-    def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor):
+    def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         _check_model(model)
         _check_tensors(model, inputs, targets)
         try:
@@ -95,10 +96,11 @@ class Chain:
             raise ValueError(f"the model cannot be copied ({error}); call detach() on the tensors it keeps") from error
         self.inputs, self.targets = inputs.detach().clone(), targets.detach().clone()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.stages = self._forward()
+        self.stages = self._forward(check)
         heads.check_targets(loss, self.outputs, self.targets)
         self.value = heads.value(loss, self.outputs, self.targets).detach()
-        heads.check_loss(loss, self.outputs, self.targets)
+        if check:
+            heads.check_loss(loss, self.outputs, self.targets)
         self._backward()
 
     @property
@@ -111,7 +113,7 @@ class Chain:
         """The stages from the first with parameters on; what comes before is a constant."""
         return self.stages[next(i for i, stage in enumerate(self.stages) if stage.parameters) :]
 
-    def _forward(self) -> list[Stage]:
+    def _forward(self, check: bool) -> list[Stage]:
         stages, z = [], self.inputs
         for name, module in _flatten(self.model):
             parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -134,7 +136,7 @@ class Chain:
                     f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
                 )
             stage = Stage(name, module, parameters, z, out)
-            if stage.kind == "general":
+            if check and stage.kind == "general":
                 _check_independent(stage)
             stages.append(stage)
             z = out

@@ -1,6 +1,6 @@
 """The Gauss-Newton matrix through its dual: one (B C) x (B C) Cholesky, exact, and no P x P or stagewise elimination.
 
-    GGN = J^T Lambda J,  Lambda = R R^T,  D = J^T R  (P x BC)
+    GGN = J^T Lambda J,  Lambda = R R^T,  D = J^T R  (P x BC; fewer columns where Lambda has less rank)
     (GGN + eps I)^-1 g = (g - D (eps I + D^T D)^-1 D^T g) / eps
     log det(GGN + eps I) = (P - BC) log eps + log det(eps I + D^T D)                                  (Sylvester's identity)
 
@@ -26,8 +26,20 @@ class Dual:
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
         self.damping, batch = damping, len(chain.inputs)
-        values, vectors = torch.linalg.eigh(heads.curvature(chain.loss, chain.outputs, chain.targets))
-        delta = vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)  # (B, C, C): columns span Lambda_n = R_n R_n^T
+        known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
+        if known is None:
+            Lambda = heads.curvature(chain.loss, chain.outputs, chain.targets)
+        else:
+            w, u = known
+            Lambda = w.diag_embed() if u is None else w.diag_embed() - u.unsqueeze(2) * u.unsqueeze(1)
+        values, vectors = torch.linalg.eigh(Lambda)
+        if values.min() < -1e-8 * values.abs().max():
+            raise ValueError(
+                "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
+            )
+        # (B, C, r): columns span Lambda_n = R_n R_n^T; softmax has rank C - 1 in every sample
+        rank = max(1, int((values.amax(0) > 4 * torch.finfo(values.dtype).eps * values.max()).sum()))
+        delta = vectors[:, :, -rank:] * values[:, -rank:].clamp_min(0.0).sqrt().unsqueeze(1)
         size = batch * delta.shape[2]
         gram = delta.new_zeros(size, size)
         self.stages = []  # ("linear", delta, Zt) or ("dense", D): D_l^T D_l and products with D_l
@@ -36,8 +48,8 @@ class Dual:
                 z = stage.inputs
                 Zt = torch.cat([z, torch.ones_like(z[:, :1])], 1) if stage.module.bias is not None else z
                 rows = delta.transpose(1, 2).reshape(size, -1)  # ((n, c), a_out)
-                inner = (Zt @ Zt.T).repeat_interleave(len(rows) // batch, 0).repeat_interleave(len(rows) // batch, 1)
-                gram.addcmul_(rows @ rows.T, inner)
+                outer = (rows @ rows.T).view(batch, -1, batch, size // batch)
+                gram.view_as(outer).addcmul_(outer, (Zt @ Zt.T)[:, None, :, None])
                 self.stages.insert(0, ("linear", delta, Zt, stage.module.weight.shape))
                 delta = stage.module.weight.detach().T @ delta if number else None
             elif stage.kind == "elementwise":
@@ -49,7 +61,7 @@ class Dual:
                     gram += D.T @ D
                     self.stages.insert(0, ("dense", D))
                 delta = block.A.mT @ delta if number else None
-        self.gram_logdet_size = size
+        self.size = size
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
@@ -66,7 +78,7 @@ class Dual:
     @property
     def logdet(self) -> tuple[float, float]:
         log = 2.0 * self.L.diagonal().log().sum().item()
-        return 1.0, (sum(self.sizes) - self.gram_logdet_size) * math.log(self.damping) + log
+        return 1.0, (sum(self.sizes) - self.size) * math.log(self.damping) + log
 
     def solve(self, b: Tensor) -> Tensor:
         """(GGN + damping I)^-1 b for b (P,) or (P, k), without refinement; errors as `Factor.solve`."""

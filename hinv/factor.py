@@ -25,7 +25,10 @@ S is C blocks of m x m minus a term of rank B, factored as such; nothing of size
 """
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,6 +45,10 @@ class SingularShiftError(torch.linalg.LinAlgError):
     """H + damping I cannot be factored at this damping: a pivot is zero to working precision."""
 
 
+class AccuracyWarning(UserWarning):
+    """A result is less accurate than asked. The message says how far it got and what to try."""
+
+
 def _each(M: Tensor, X: Tensor) -> Tensor:
     """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
     if X.shape[2] == 1:
@@ -53,6 +60,21 @@ def _each(M: Tensor, X: Tensor) -> Tensor:
 
 def _cat(arrays: list, dim: int = 0):
     return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
+
+
+SPREAD = 1e4  # of pivots, above which a small stage measures how much V grew
+
+
+def _largest(V) -> float:
+    return float(max(V.max(), -V.min()))
+
+
+def _growth(before: float | None, V) -> float:
+    """How many times the largest entry of V grew in one elimination; digits are lost in proportion."""
+    if before is None:
+        return 1.0
+    after = _largest(V)
+    return max(1.0, after / before) if before > 0 else (math.inf if after else 1.0)
 
 
 # -- parts: what does not depend on the damping, computed once ---------------------------------------------------------
@@ -74,7 +96,7 @@ class Diagonal:
             V.diagonal().add_(self.bend)
         return self, V
 
-    negative, log_abs_det = 0, 0.0
+    negative, log_abs_det, growth = 0, 0.0, 1.0
 
     def backward(self, r: Tensor, g: Tensor) -> tuple[None, Tensor]:
         return None, self.slope * r
@@ -92,9 +114,11 @@ class Part:
     def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Pivot", Tensor | None]:
         S, N, V = self.blocks(V)
         S.diagonal().add_(damping)
-        self.eliminate_perp(V, damping)
         S = factored(S, try_cholesky)
-        return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
+        before = None if V is None else _largest(V)
+        self.eliminate_perp(V, damping)
+        Y = None if N is None else S.couple(N, V)
+        return Pivot(self, S, Y, damping, _growth(before, V)), V
 
     def eliminate_perp(self, V: Tensor | None, damping: float) -> None:
         if not self.perp:
@@ -303,12 +327,14 @@ class SmallLinear(Linear):
         S.reshape(-1)[:: n + 1] += damping
         if not self.wrt_input:
             self.eliminate_perp(None, damping)
-            return SmallPivot(self, Small(S, try_cholesky), None, damping), None
+            return SmallPivot(self, Small(S, try_cholesky), None, damping, 1.0), None
         N = self.plus_F(JV)
         V = self.times_A(self.times_A(V).T).reshape(k, k)
-        self.eliminate_perp(V, damping)
         S = Small(S, try_cholesky)
-        return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
+        before = _largest(V) if self.perp or S.spread > SPREAD else None
+        self.eliminate_perp(V, damping)
+        Y = S.couple(N, V)
+        return SmallPivot(self, S, Y, damping, _growth(before, V)), torch.from_numpy(V)
 
     def add_perp(self, V: np.ndarray, factor: float) -> None:
         if self.outer is not None:
@@ -395,7 +421,7 @@ class Head(Linear):
             K = factored(K)
         if not self.wrt_input:
             self.eliminate_perp(None, damping)
-            return HeadPivot(self, T, K, U, damping), None
+            return HeadPivot(self, T, K, U, damping, 1.0), None
         batch, classes, a = self.batch, self.a_out, self.fan_in
         basis = T.half(torch.cat([self.Q_in.T, R], 1).expand(classes, m, a + batch))
         inner = basis.mT @ T.over_D(basis)  # (C, a + B, a + B)
@@ -411,13 +437,14 @@ class Head(Linear):
             half[:, n] = (left.view(-1, batch * a, classes) @ self.M[n]).transpose(0, 1)
         half = half.reshape(batch * a, batch * a)
         V = -(P + half + half.T)
-        V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_((self.W.T @ self.M).permute(1, 2, 0))
+        natural = (self.W.T @ self.M).permute(1, 2, 0)
+        V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_(natural)
         if K is not None:
             ue = self.u.unsqueeze(1) * e  # (B, B, C)
             Y = ue @ QR_c.mT + ((self.u.unsqueeze(1) * RR_c).transpose(0, 1) @ self.M).transpose(0, 1)
             K.couple(Y.reshape(batch, batch * a), V)
         self.eliminate_perp(V, damping)
-        return HeadPivot(self, T, K, U, damping), V
+        return HeadPivot(self, T, K, U, damping, _growth(_largest(natural), V)), V
 
 
 # -- pivots: one stage eliminated at one damping -----------------------------------------------------------------------
@@ -429,6 +456,7 @@ class Pivot:
     S: Symmetric
     Y: Tensor | None
     damping: float
+    growth: float
 
     @property
     def negative(self) -> int:
@@ -479,6 +507,7 @@ class HeadPivot:
     K: Symmetric | None
     U: Tensor | None
     damping: float
+    growth: float
 
     @property
     def negative(self) -> int:
@@ -579,17 +608,20 @@ RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on fl
 
 
 class Factor:
-    """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet."""
+    """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet.
 
-    def __init__(self, structure: tuple[list[tuple[Stage, object]], Tensor | None], damping: float):
+    There is no pivoting across stages, so a shift next to an eigenvalue of a trailing part of the network (the last stages alone) makes V grow and
+    digits go. Where it grew much, `uncertainty` measures what is left before inertia and determinant are believed.
+    """
+
+    def __init__(self, structure: tuple, damping: float, product: Callable[[Tensor], Tensor]):
+        """structure: of `parts`; product: v -> H v, independent of it."""
         stages, V = structure
-        self.damping = damping
+        self.damping, self.product = damping, product
         self.pivots = []
         self.rows = 0 if V is None else len(V)
         V = None if V is None else V.clone()
-        definite = (
-            True  # once an S_l was not, the next ones mostly are not either, and a Cholesky that fails is lost time
-        )
+        definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
         for stage, part in reversed(stages):
             try:
                 pivot, V = part.eliminate(V, damping, definite)
@@ -601,18 +633,54 @@ class Factor:
             self.pivots.append(pivot)
             definite = definite and pivot.negative == 0
         self.sizes = [part.p for _, part in stages]
-        self.dtype = stages[0][0].inputs.dtype
+        self.dtype, self.device = stages[0][0].inputs.dtype, stages[0][0].inputs.device
+
+    @cached_property
+    def uncertainty(self) -> float:
+        """Estimate of |E (H + damping I)^-1| (Frobenius), E the rounding errors of the factorization; 0 where V hardly grew.
+
+        Below one, no eigenvalue of H + damping I - t E crosses zero for t in [0, 1], so the inertia is right; it also bounds the error of the
+        log-determinant. One solve and one product: for a normal vector b of length sqrt(P), b - (H + damping I) x = E x has about that norm.
+        """
+        eps = torch.finfo(self.dtype).eps
+        if math.prod(pivot.growth for pivot in self.pivots) * eps <= max(1e-12, 100 * eps):
+            return 0.0
+        P = sum(self.sizes)
+        b = torch.randn(P, generator=torch.Generator().manual_seed(0), dtype=self.dtype).to(self.device)
+        x = self.solve(b)
+        return (torch.linalg.vector_norm(self.product(x) + self.damping * x - b) / b.norm()).item() * P**0.5
 
     @property
     def inertia(self) -> tuple[int, int, int]:
-        """(positive, negative, zero) eigenvalues of H + damping I, exact: the pivots' (Sylvester). Zero ones are refused when factoring."""
+        """(positive, negative, zero) eigenvalues of H + damping I, exact: the pivots' (Sylvester). Zero ones are refused when factoring.
+
+        Raises:
+            SingularShiftError: rounding errors may have moved an eigenvalue across zero.
+        """
+        if not self.uncertainty < 0.1:
+            raise SingularShiftError(
+                f"the inertia of H + ({self.damping:g}) I is not certain: the damping is next to minus an eigenvalue of H, or of a later part of "
+                f"the network (rounding errors are {self.uncertainty:.1g} of what it takes). Change it a little, or factor in float64"
+            )
         negative = sum(pivot.negative for pivot in self.pivots)
         return sum(self.sizes) - negative, negative, 0
 
     @property
     def logdet(self) -> tuple[float, float]:
-        """(sign, log |det(H + damping I)|), as torch.linalg.slogdet."""
-        return (-1.0) ** self.inertia[1], sum(pivot.log_abs_det for pivot in self.pivots)
+        """(sign, log |det(H + damping I)|), as torch.linalg.slogdet.
+
+        Warns:
+            AccuracyWarning: rounding errors leave it fewer than eight digits. Raises: as `inertia`.
+        """
+        sign, value = (-1.0) ** self.inertia[1], sum(pivot.log_abs_det for pivot in self.pivots)
+        if self.uncertainty > 1e-8 * max(1.0, abs(value)):
+            warnings.warn(
+                f"the log-determinant is certain to {self.uncertainty:.1g} only: the damping {self.damping:g} is close to minus an eigenvalue of a "
+                "later part of the network; another damping, or float64, is better",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        return sign, value
 
     def solve(self, b: Tensor) -> Tensor:
         """(H + damping I)^-1 b for b (P,) or (P, k): one sweep back and one forth, without refinement.

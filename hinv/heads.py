@@ -87,6 +87,15 @@ def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(columns, dim=2)
 
 
+def convex(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    """Whether V_L is positive semidefinite at these outputs (to rounding)."""
+    known = diagonal_minus_rank_one(loss, outputs, targets)
+    if known is not None:
+        return bool((known[0] >= 0).all())
+    values = torch.linalg.eigvalsh(curvature(loss, outputs, targets))
+    return bool(values.min() >= -outputs[0].numel() * torch.finfo(values.dtype).eps * values.abs().max())
+
+
 def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """(w, u), each (B, C), with V_n = diag(w_n) - u_n u_n^T, for losses known to have this form on (B, C) outputs; else None.
 
@@ -119,7 +128,7 @@ def _softmax_weights(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor
         omega = ((1 - smooth) * targets + smooth / classes) @ weight
         return omega / len(outputs) if loss.reduction == "mean" else omega
     counted = targets != loss.ignore_index
-    own = torch.where(counted, weight[targets.clamp_min(0)], torch.zeros_like(weight[:1]))
+    own = torch.where(counted, weight[targets.where(counted, 0)], torch.zeros_like(weight[:1]))
     omega = (1 - smooth) * own + smooth / classes * weight.sum() * counted
     return omega / own.sum() if loss.reduction == "mean" else omega
 

@@ -16,17 +16,13 @@ from . import baselines, heads, paper, sparse, spectrum
 from .chain import Chain
 from .dual import Dual
 from .estimate import Estimate, estimate, require
-from .factor import Factor, SingularShiftError, parts
-from .stages import check
+from .factor import AccuracyWarning, Factor, SingularShiftError, parts
+from .stages import check as check_stage
 
 REFINEMENTS = 3
 KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 COLUMNS = 2**24  # numbers in the result of one block of simultaneous products: H @ V goes block by block
-
-
-class AccuracyWarning(UserWarning):
-    """A solve did not reach its rtol, or used a method outside its domain. The message says how far it got and what to try."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,12 @@ class Curvature:
 
     gauss_newton = False
 
-    def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor):
-        self.chain = Chain(model, loss, inputs, targets)
+    def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
+        self.chain = Chain(model, loss, inputs, targets, check)
         self.last_solve: SolveReport | None = None
         self._structures: dict[torch.dtype, tuple] = {}
         self._counted: dict[float, int] = {}  # eigenvalues below a shift
+        self._others: dict[torch.dtype, Curvature] = {}  # the same in another dtype
         parameters = self.chain.parameters
         with torch.enable_grad():
             self._outputs = self.chain.model(self.chain.inputs.clone())
@@ -60,10 +57,12 @@ class Curvature:
         self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
         if not self.gradient.isfinite().all():
             raise ValueError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
-        for stage in self.chain.live:
-            check(stage)
+        if check:
+            for stage in self.chain.live:
+                check_stage(stage)
         self._prepare()
-        self._check_products()
+        if check:
+            self._check_products()
 
     def _prepare(self) -> None:
         """What `_product` needs beyond the gradient's graph."""
@@ -189,11 +188,15 @@ class Curvature:
         damping = self._checked_damping(damping)
         dtype = dtype or self.dtype
         prediction = estimate(self.chain, self.gauss_newton, dtype)
-        if prediction.method == "dual" and damping > 0:
+        if prediction.method == "dual" and damping > 0 and self._convex:
             require(prediction, "dual", self.device)
             return Dual(_converted(self.chain, dtype), damping)
         require(prediction, "factor", self.device)
-        return Factor(self._structure(dtype), damping)
+        return Factor(self._structure(dtype), damping, lambda v: self._in(dtype) @ v)
+
+    @cached_property
+    def _convex(self) -> bool:
+        return heads.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
 
     def _structure(self, dtype: torch.dtype) -> tuple:
         if dtype not in self._structures:
@@ -202,15 +205,20 @@ class Curvature:
 
     def double(self) -> "Curvature":
         """The same matrix in float64 arithmetic (itself if it is)."""
-        if self.dtype == torch.float64:
+        return self._in(torch.float64)
+
+    def _in(self, dtype: torch.dtype) -> "Curvature":
+        if dtype == self.dtype:
             return self
-        chain = _converted(self.chain, torch.float64)
-        return type(self)(chain.model, chain.loss, chain.inputs, chain.targets)
+        if dtype not in self._others:
+            chain = _converted(self.chain, dtype)
+            self._others[dtype] = type(self)(chain.model, chain.loss, chain.inputs, chain.targets, check=False)
+        return self._others[dtype]
 
     # -- spectrum (`hinv.spectrum`) ------------------------------------------------------------------------------------
 
     def logdet(self, damping: float = 1e-2) -> tuple[float, float]:
-        """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`."""
+        """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`; AccuracyWarning where it has fewer than eight digits."""
         return self.factor(damping, dtype=torch.float64).logdet
 
     def count_below(self, shift: float) -> int:
@@ -237,7 +245,8 @@ class Curvature:
 
         Args:
             i: from -P to P - 1.
-            rtol: half-width of the final bracket relative to the eigenvalue; below 1e-12 of the largest bracket it counts as zero.
+            rtol: half-width of the final bracket relative to the eigenvalue, or 1e-12 of the norm of H; inside a cluster (the zeros of weights that
+                the batch does not excite) where no shift can be factored, 1e-8 of it.
 
         Raises:
             ValueError: i or rtol out of range. MemoryError: see `factor`.
@@ -256,7 +265,7 @@ class Curvature:
             sigma: the k eigenvalues nearest to this shift (loss / parameter^2).
 
         Warns:
-            CertificateWarning: the count could not be made, or eigenvalues are still missing; the note says which.
+            CertificateWarning: the count could not be made, eigenvalues are still missing, or residuals exceed 1e-7 |H|; the note says which.
 
         Raises:
             ValueError: k or which out of range. SingularShiftError: sigma is an eigenvalue. ArithmeticError: ARPACK found fewer than k.
@@ -453,6 +462,8 @@ class Hessian(Curvature):
         loss: CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, or any callable (outputs, targets) -> sum or mean over samples.
         inputs: (B, ...), floating point, dtype (float32 or float64) and device of the model.
         targets: as the loss wants them.
+        check: False leaves out the checks that take derivatives (samples independent, loss not random, second derivatives symmetric), for a
+            model and a loss that passed them once, as in an optimizer's loop.
 
     Raises:
         TypeError, ValueError: anything the structure does not cover, by name and with what to do instead.

@@ -12,49 +12,71 @@ from torch import Tensor, nn
 
 from .hessian import Hessian
 
-
-def _exact(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float) -> dict:
-    H, out = Hessian(model, loss, x, y).double(), {}
-    top = H.eigsh(1, "LM").values.abs().max().item() if "negative" in what else 0.0
-    for name in what:
-        if name in ("lambda_max", "lambda_min"):
-            found = H.eigsh(1, "LA" if name == "lambda_max" else "SA")
-            out[name], out[f"{name}_certified"] = found.values[0].item(), found.certified
-        elif name == "trace":
-            out[name] = H.trace()
-        elif name == "negative":  # away from the zeros of weights that the batch does not excite
-            out["negative_below"] = -NEGATIVE * top
-            out[name] = H.count_below(-NEGATIVE * top)
-        elif name == "logdet":
-            out["logdet_sign"], out[name] = H.logdet(damping)
-    return out
+Measures = dict[str, Callable[[], dict]]  # name -> what measures it, as entries of the record
 
 
-def _pyhessian(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float) -> dict:
+def _exact(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
+    H = Hessian(model, loss, x, y).double()
+
+    def end(name: str, which: str) -> dict:
+        found = H.eigsh(1, which)
+        return {name: found.values[0].item(), f"{name}_certified": found.certified}
+
+    def negative() -> dict:  # away from the zeros of weights that the batch does not excite
+        below = -NEGATIVE * H.eigsh(1, "LM").values.abs().max().item()
+        return {"negative": H.count_below(below), "negative_below": below}
+
+    def logdet() -> dict:
+        sign, value = H.logdet(damping)
+        return {"logdet": value, "logdet_sign": sign}
+
+    return {
+        "lambda_max": lambda: end("lambda_max", "LA"),
+        "lambda_min": lambda: end("lambda_min", "SA"),
+        "trace": lambda: {"trace": H.trace()},
+        "negative": negative,
+        "logdet": logdet,
+    }
+
+
+def _pyhessian(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
     from pyhessian import hessian
 
-    h, out = hessian(model, loss, data=(x, y), cuda=x.is_cuda), {}
-    if "lambda_max" in what:
-        out["lambda_max"] = float(h.eigenvalues()[0][0])
-    if "trace" in what:
+    h = hessian(model, loss, data=(x, y), cuda=x.is_cuda)
+
+    def lambda_max() -> dict:
+        value = float(h.eigenvalues()[0][0])
+        if value < 0:  # power iteration goes for the magnitude
+            raise ArithmeticError(
+                f"PyHessian finds the eigenvalue of largest magnitude, here a negative one, {value:.3g}"
+            )
+        return {"lambda_max": value}
+
+    def trace() -> dict:
         samples = torch.tensor(h.trace(tol=0.0), dtype=torch.float64)  # its default tolerance stops after as few as two
-        out["trace"], out["trace_error"] = samples.mean().item(), (samples.std() / len(samples) ** 0.5).item()
-    return out
+        return {"trace": samples.mean().item(), "trace_error": (samples.std() / len(samples) ** 0.5).item()}
+
+    return {"lambda_max": lambda_max, "trace": trace}
 
 
-def _hessian_eigenthings(
-    model: nn.Module, loss: Callable, x: Tensor, y: Tensor, what: tuple[str, ...], damping: float
-) -> dict:
+def _hessian_eigenthings(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
     import hessian_eigenthings as he
 
-    operator, out = he.HessianOperator(model, [(x, y)], he.supervised_loss(loss)), {}
-    for name, which in (("lambda_max", "LA"), ("lambda_min", "SA")):
-        if name in what:  # its default number of steps converges nothing; 50 is the most it reorthogonalizes
-            out[name] = float(he.lanczos(operator, k=1, which=which, max_iter=50, seed=0).eigenvalues[0])
-    if "trace" in what:
+    operator = he.HessianOperator(model, [(x, y)], he.supervised_loss(loss))
+    steps = min(50, operator.size)  # its default converges nothing; 50 is the most it reorthogonalizes
+
+    def end(name: str, which: str) -> dict:
+        return {name: float(he.lanczos(operator, k=1, which=which, max_iter=steps, seed=0).eigenvalues[0])}
+
+    def trace() -> dict:
         estimate = he.trace(operator, num_matvecs=99, seed=0)
-        out["trace"], out["trace_error"] = float(estimate.estimate), float(estimate.stderr)
-    return out
+        return {"trace": float(estimate.estimate), "trace_error": float(estimate.stderr)}
+
+    return {
+        "lambda_max": lambda: end("lambda_max", "LA"),
+        "lambda_min": lambda: end("lambda_min", "SA"),
+        "trace": trace,
+    }
 
 
 NEGATIVE = 1e-6  # of the largest eigenvalue: what counts as negative lies below minus this share of it
@@ -69,7 +91,8 @@ class CurvatureMonitor:
     """Measures the Hessian of a fixed probe batch every `every` steps and leaves training as it was, to the bit.
 
     It works on a copy of the model in eval mode: parameters, gradients, buffers, the train/eval mode and the state of the random
-    numbers are not touched. A measurement that fails (NaN in the weights, for example) is recorded with its error and warned of; training goes on.
+    numbers are not touched. What cannot be measured (NaN in the weights, for example) stands in the record's "errors" and is warned of; the rest is
+    kept, and training goes on.
 
     Args:
         model, loss, inputs, targets: as `hinv.Hessian` takes them; inputs and targets are the probe batch. The other backends take any model.
@@ -107,7 +130,7 @@ class CurvatureMonitor:
             raise ValueError(f"every must be at least 1 step, not {every}")
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: use {', '.join(map(repr, BACKENDS))}")
-        self._measure, able = BACKENDS[backend]
+        self._measures, able = BACKENDS[backend]
         if isinstance(what, str) or not what or set(what) - set(able):
             raise ValueError(
                 f"backend {backend!r} measures {', '.join(map(repr, able))}; what={what!r} must be a tuple of these"
@@ -129,18 +152,29 @@ class CurvatureMonitor:
             return None
         start = time.perf_counter()
         record = {"step": step, "backend": self.backend}
-        devices = [self.probe[0].device] if self.probe[0].is_cuda else []
+        cuda = torch.cuda.is_initialized()
+        devices = list(range(torch.cuda.device_count())) if cuda else []
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)  # of the copy's estimators; fork_rng restores training's numbers
+            torch.default_generator.manual_seed(0)  # of the copy's estimators; fork_rng restores training's numbers
+            if cuda:
+                torch.cuda.manual_seed_all(0)
+            errors = {}
             try:
                 probe = copy.deepcopy(self.model).eval()
                 probe.zero_grad(set_to_none=True)
-                record |= self._measure(probe, self.loss, *self.probe, self.what, self.damping)
+                measures = self._measures(probe, self.loss, *self.probe, self.damping)
             except Exception as error:
-                record["error"] = f"{type(error).__name__}: {error}"
-        if "error" in record:
-            warnings.warn(f"no curvature at step {step}: {record['error']}", UserWarning, stacklevel=2)
+                measures, errors["model"] = {}, f"{type(error).__name__}: {error}"
+            for name in self.what if measures else ():
+                try:
+                    record |= measures[name]()
+                except Exception as error:
+                    errors[name] = f"{type(error).__name__}: {error}"
+        if errors:
+            record["errors"] = errors
+            said = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            warnings.warn(f"curvature at step {step} is incomplete: {said}", UserWarning, stacklevel=2)
         record["seconds"] = time.perf_counter() - start
         self.seconds += record["seconds"]
         self.records.append(record)

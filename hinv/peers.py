@@ -33,7 +33,7 @@ def eigenthings(model, loss, x, y):
 def _lanczos(which: str, k: int = 1) -> Callable:
     def ask(*problem) -> float | Tensor:
         he, operator = eigenthings(*problem)
-        values = he.lanczos(operator, k=k, which=which, max_iter=50, seed=0).eigenvalues
+        values = he.lanczos(operator, k=k, which=which, max_iter=min(50, operator.size), seed=0).eigenvalues
         return values[0].item() if k == 1 else values.sort().values
 
     return ask
@@ -106,7 +106,7 @@ def _eigenthings_ggn(model, loss, x, y) -> float:
     import hessian_eigenthings as he
 
     operator = he.GGNOperator(copy.deepcopy(model), [(x, y)], he.supervised_forward, he.supervised_loss_of_output(loss))
-    return he.lanczos(operator, k=1, which="LA", max_iter=50, seed=0).eigenvalues[0].item()
+    return he.lanczos(operator, k=1, which="LA", max_iter=min(50, operator.size), seed=0).eigenvalues[0].item()
 
 
 def _linop_ggn(model, loss, x, y) -> float:
@@ -241,8 +241,13 @@ def truth(model, loss, x, y) -> dict[str, float | Tensor]:
 
 
 def error(answer: float | Tensor, exact: float | Tensor) -> float:
-    """Relative: |answer - exact| / |exact|, in the largest entry for lists of eigenvalues and in the norm for vectors."""
-    difference = torch.as_tensor(answer, dtype=torch.float64) - torch.as_tensor(exact, dtype=torch.float64)
-    scale = torch.as_tensor(exact, dtype=torch.float64).norm().item()
-    size = difference.norm().item()
-    return size / scale if math.isfinite(size) else float("inf")
+    """|answer - exact| / |exact| in the 2-norm; absolute where the exact one is zero.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    answer, exact = (torch.as_tensor(a, dtype=torch.float64) for a in (answer, exact))
+    if answer.shape != exact.shape:
+        raise ValueError(f"an answer of shape {tuple(answer.shape)} to a question of shape {tuple(exact.shape)}")
+    size, scale = (answer - exact).norm().item(), exact.norm().item()
+    return size / (scale or 1.0) if math.isfinite(size) else float("inf")

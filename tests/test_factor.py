@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ def test_hessian_factor(name, damping):
 def test_gauss_newton_factor_dual_and_products(name, damping):
     G, D = GGN(*build(name)), reference_ggn(*build(name))
     assert relative(G.dense(), D) < 1e-10
-    recursion = factor.Factor(factor.parts(G.chain, gauss_newton=True), damping)
+    recursion = factor.Factor(factor.parts(G.chain, gauss_newton=True), damping, G.__matmul__)
     check(recursion, D, damping)
     if damping > 0:
         check(Dual(G.chain, damping), D, damping)
@@ -231,7 +232,7 @@ print(((H @ step + 0.1 * step - H.gradient).norm() / H.gradient.norm()).item())
 @pytest.mark.parametrize("kind", (Hessian, GGN))
 def test_right_hand_sides_are_checked(kind):
     H = kind(*build("one layer"))
-    for F in (H.factor(0.1), factor.Factor(H._structure(H.dtype), 0.1)):
+    for F in (H.factor(0.1), factor.Factor(H._structure(H.dtype), 0.1, H.__matmul__)):
         P = H.shape[0]
         with pytest.raises(ValueError, match=rf"shape \({P + 1},\); expected \({P},\) or \({P}, k\)"):
             F.solve(torch.ones(P + 1).double())
@@ -445,7 +446,10 @@ def test_float32_gauss_newton_in_float64():
     G = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32), nn.CrossEntropyLoss(), x, y)
     exact = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32).double(), nn.CrossEntropyLoss(), x.double(), y)
     reference = torch.linalg.solve(shifted(exact.dense(), 1e-3), exact.gradient)
-    for F in (Dual(hessian._converted(G.chain, torch.float64), 1e-3), factor.Factor(G._structure(torch.float64), 1e-3)):
+    for F in (
+        Dual(hessian._converted(G.chain, torch.float64), 1e-3),
+        factor.Factor(G._structure(torch.float64), 1e-3, G.double().__matmul__),
+    ):
         assert relative(F.solve(exact.gradient), reference) < 1e-9
         assert F.solve(G.gradient).dtype == torch.float32
     double = G.factor(1e-3, dtype=torch.float64)
@@ -506,3 +510,53 @@ def test_readme_table_of_layers_is_what_was_checked():
         lines.append(f"| {row} | below 1e-10 | exact | to 1e-8 |")
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     assert "\n".join(lines) in readme, "replace the README's table by:\n" + "\n".join(lines)
+
+
+# -- shifts next to an eigenvalue of a trailing part, where V grows and digits go ---------------------------------------
+
+
+@pytest.mark.parametrize(("sizes", "batch", "seed"), [((6, 6, 6, 6, 3), 20, 0), ((12,) * 6 + (4,), 30, 2)])
+def test_inertia_is_right_or_refused_and_logdet_says_what_it_lost(sizes, batch, seed):
+    x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(seed)).double()
+    H = Hessian(tall_skinny(sizes, seed=seed), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
+    values = torch.linalg.eigvalsh(H.dense())
+    trailing = torch.linalg.eigvalsh(H.block(-1))
+    refused = warned = 0
+    for shift in (trailing[trailing > 1e-6, None] * (1 + 10.0 ** torch.arange(-16, -6).double())).flatten().tolist():
+        if (values - shift).abs().min() < 1e-9:
+            continue
+        try:
+            F = H.factor(-shift)
+            assert F.inertia[1] == int((values < shift).sum())
+        except SingularShiftError:
+            refused += 1
+            continue
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            value = F.logdet[1]
+        error = abs(value - (values - shift).abs().log().sum().item())
+        warned += len(seen)
+        assert error < (2 * F.uncertainty if seen else 1e-8 * max(1.0, abs(value)))
+    assert refused and warned
+
+
+def test_a_loss_that_is_not_convex_is_not_given_to_the_dual():
+    def loss(outputs, targets):
+        return torch.log1p((outputs - targets) ** 2).sum()
+
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)).double()
+    G = GGN(tall_skinny((20, *[24] * 8, 1)), loss, x, 3.0 * torch.ones(6, 1).double())
+    assert G.estimate().method == "dual" and isinstance(G.factor(0.1), factor.Factor)
+    values = torch.linalg.eigvalsh(G.dense())
+    assert values[0] < -0.1 and G.count_below(-0.1) == int((values < -0.1).sum())
+    assert G.logdet(0.1)[1] == pytest.approx((values + 0.1).abs().log().sum().item(), rel=1e-9)
+    with pytest.raises(ValueError, match="convex"):
+        Dual(G.chain, 0.1)
+
+
+def test_ignored_labels_beyond_the_classes():
+    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
+    y[:2] = 255
+    H = Hessian(tall_skinny((4, 5, 3)), nn.CrossEntropyLoss(ignore_index=255), x, y)
+    values = torch.linalg.eigvalsh(H.dense())
+    assert H.count_below(0.01) == int((values < 0.01).sum())
