@@ -62,21 +62,6 @@ def _cat(arrays: list, dim: int = 0):
     return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
 
 
-SPREAD = 1e4  # of pivots, above which a small stage measures how much V grew
-
-
-def _largest(V) -> float:
-    return float(max(V.max(), -V.min()))
-
-
-def _growth(before: float | None, V) -> float:
-    """How many times the largest entry of V grew in one elimination; digits are lost in proportion."""
-    if before is None:
-        return 1.0
-    after = _largest(V)
-    return max(1.0, after / before) if before > 0 else (math.inf if after else 1.0)
-
-
 # -- parts: what does not depend on the damping, computed once ---------------------------------------------------------
 
 
@@ -96,7 +81,7 @@ class Diagonal:
             V.diagonal().add_(self.bend)
         return self, V
 
-    negative, log_abs_det, growth = 0, 0.0, 1.0
+    negative, log_abs_det = 0, 0.0
 
     def backward(self, r: Tensor, g: Tensor) -> tuple[None, Tensor]:
         return None, self.slope * r
@@ -114,11 +99,9 @@ class Part:
     def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Pivot", Tensor | None]:
         S, N, V = self.blocks(V)
         S.diagonal().add_(damping)
-        S = factored(S, try_cholesky)
-        before = None if V is None else _largest(V)
         self.eliminate_perp(V, damping)
-        Y = None if N is None else S.couple(N, V)
-        return Pivot(self, S, Y, damping, _growth(before, V)), V
+        S = factored(S, try_cholesky)
+        return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
 
     def eliminate_perp(self, V: Tensor | None, damping: float) -> None:
         if not self.perp:
@@ -327,14 +310,12 @@ class SmallLinear(Linear):
         S.reshape(-1)[:: n + 1] += damping
         if not self.wrt_input:
             self.eliminate_perp(None, damping)
-            return SmallPivot(self, Small(S, try_cholesky), None, damping, 1.0), None
+            return SmallPivot(self, Small(S, try_cholesky), None, damping), None
         N = self.plus_F(JV)
         V = self.times_A(self.times_A(V).T).reshape(k, k)
-        S = Small(S, try_cholesky)
-        before = _largest(V) if self.perp or S.spread > SPREAD else None
         self.eliminate_perp(V, damping)
-        Y = S.couple(N, V)
-        return SmallPivot(self, S, Y, damping, _growth(before, V)), torch.from_numpy(V)
+        S = Small(S, try_cholesky)
+        return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
 
     def add_perp(self, V: np.ndarray, factor: float) -> None:
         if self.outer is not None:
@@ -421,7 +402,7 @@ class Head(Linear):
             K = factored(K)
         if not self.wrt_input:
             self.eliminate_perp(None, damping)
-            return HeadPivot(self, T, K, U, damping, 1.0), None
+            return HeadPivot(self, T, K, U, damping), None
         batch, classes, a = self.batch, self.a_out, self.fan_in
         basis = T.half(torch.cat([self.Q_in.T, R], 1).expand(classes, m, a + batch))
         inner = basis.mT @ T.over_D(basis)  # (C, a + B, a + B)
@@ -437,14 +418,13 @@ class Head(Linear):
             half[:, n] = (left.view(-1, batch * a, classes) @ self.M[n]).transpose(0, 1)
         half = half.reshape(batch * a, batch * a)
         V = -(P + half + half.T)
-        natural = (self.W.T @ self.M).permute(1, 2, 0)
-        V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_(natural)
+        V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_((self.W.T @ self.M).permute(1, 2, 0))
         if K is not None:
             ue = self.u.unsqueeze(1) * e  # (B, B, C)
             Y = ue @ QR_c.mT + ((self.u.unsqueeze(1) * RR_c).transpose(0, 1) @ self.M).transpose(0, 1)
             K.couple(Y.reshape(batch, batch * a), V)
         self.eliminate_perp(V, damping)
-        return HeadPivot(self, T, K, U, damping, _growth(_largest(natural), V)), V
+        return HeadPivot(self, T, K, U, damping), V
 
 
 # -- pivots: one stage eliminated at one damping -----------------------------------------------------------------------
@@ -456,7 +436,6 @@ class Pivot:
     S: Symmetric
     Y: Tensor | None
     damping: float
-    growth: float
 
     @property
     def negative(self) -> int:
@@ -507,7 +486,6 @@ class HeadPivot:
     K: Symmetric | None
     U: Tensor | None
     damping: float
-    growth: float
 
     @property
     def negative(self) -> int:
@@ -611,7 +589,7 @@ class Factor:
     """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet.
 
     There is no pivoting across stages, so a shift next to an eigenvalue of a trailing part of the network (the last stages alone) makes V grow and
-    digits go. Where it grew much, `uncertainty` measures what is left before inertia and determinant are believed.
+    digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
     """
 
     def __init__(self, structure: tuple, damping: float, product: Callable[[Tensor], Tensor]):
@@ -637,13 +615,12 @@ class Factor:
 
     @cached_property
     def uncertainty(self) -> float:
-        """Estimate of |E (H + damping I)^-1| (Frobenius), E the rounding errors of the factorization; 0 where V hardly grew.
+        """Estimate of |E (H + damping I)^-1| (Frobenius), E the rounding errors of the factorization; 0 where all pivots are positive.
 
         Below one, no eigenvalue of H + damping I - t E crosses zero for t in [0, 1], so the inertia is right; it also bounds the error of the
         log-determinant. One solve and one product: for a normal vector b of length sqrt(P), b - (H + damping I) x = E x has about that norm.
         """
-        eps = torch.finfo(self.dtype).eps
-        if math.prod(pivot.growth for pivot in self.pivots) * eps <= max(1e-12, 100 * eps):
+        if not any(pivot.negative for pivot in self.pivots):  # a definite matrix only shrinks V: Cholesky is stable
             return 0.0
         P = sum(self.sizes)
         b = torch.randn(P, generator=torch.Generator().manual_seed(0), dtype=self.dtype).to(self.device)

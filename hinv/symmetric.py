@@ -47,12 +47,10 @@ def factored(S: Tensor, try_cholesky: bool = True) -> "Symmetric":
 
 
 class Symmetric:
-    """S = C D C^T. Subclasses give half, over_D and back; in the whole stack, the number of negative eigenvalues and log |det S|, and the ratio
-    of the largest to the smallest pivot."""
+    """S = C D C^T. Subclasses give half, over_D and back; in the whole stack, the number of negative eigenvalues and log |det S|."""
 
     negative: int
     log_abs_det: float
-    spread: float
 
     def couple(self, N: Tensor, V: Tensor) -> Tensor:
         """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
@@ -88,8 +86,6 @@ class Cholesky(Symmetric):
 
     def __init__(self, L: Tensor):
         self.L = L
-        smallest, largest = torch.aminmax(L.diagonal(dim1=-2, dim2=-1)) if L.numel() else (1.0, 1.0)
-        self.spread = float(largest / smallest) ** 2
 
     def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
         return torch.linalg.solve_triangular(self.L, X, upper=False, out=X if overwrite else None)
@@ -114,7 +110,7 @@ class Eigen(Symmetric):
         if smallest <= 4 * S.shape[-1] * torch.finfo(S.dtype).eps * largest:
             raise SingularPivotError(ZERO)
         self.negative, self.log_abs_det = int((values < 0).sum()), values.abs().log().sum().item()
-        self.inverse, self.spread = values.reciprocal().unsqueeze(-1), float(largest / smallest)
+        self.inverse = values.reciprocal().unsqueeze(-1)
 
     def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
         return self.L.mT @ X
@@ -131,7 +127,7 @@ class LDL(Symmetric):
 
     def __init__(self, S: Tensor):
         packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
-        L, d, inverse, beside, order, self.spread = _unpacked(packed.numpy(), pivots.numpy())
+        L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
         self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
         self.L, self.order, self.inverse = (
             torch.from_numpy(L),
@@ -174,10 +170,9 @@ class Small(Symmetric):
             if info == 0 and np.isfinite(L.diagonal()).all():
                 self.L, self.d = torch.from_numpy(L), L.diagonal() ** 2
                 self.negative, self.inverse, self.unit = 0, None, False
-                self.spread = self.d.max() / self.d.min() if n else 1.0
                 return
         packed, pivots, _ = getattr(lapack, letter + "sytrf")(S.T, lower=1, lwork=64 * n, overwrite_a=1)
-        L, self.d, inverse, beside, self.order, self.spread = _unpacked(packed, pivots)
+        L, self.d, inverse, beside, self.order = _unpacked(packed, pivots)
         self.L, self.unit, self.negative = torch.from_numpy(L), True, int(np.count_nonzero(self.d < 0))
         self.inverse, self.beside = inverse[:, None], None if beside is None else beside[:-1, None]
 
@@ -220,8 +215,7 @@ class Small(Symmetric):
 
 
 def _unpacked(packed: np.ndarray, pivots: np.ndarray) -> tuple[np.ndarray, ...]:
-    """From sytrf's packed form (overwritten): L, d, the diagonal of D^-1, what lies beside it (None without 2 x 2 pivots), the row order, the
-    spread of the pivots.
+    """From sytrf's packed form (overwritten): L, d, the diagonal of D^-1, what lies beside it (None without 2 x 2 pivots), the row order.
 
     d has the determinant and the signs of D: of a 2 x 2 pivot its determinant, always negative, and 1.
     """
@@ -246,11 +240,10 @@ def _unpacked(packed: np.ndarray, pivots: np.ndarray) -> tuple[np.ndarray, ...]:
             inverse[first], inverse[second] = b / det, a / det
     if not largest < np.inf:
         raise SingularPivotError(NOT_FINITE)
-    spread = np.abs(inverse).max() * largest
-    if not (largest and spread * 4 * n * EPS[d.dtype] < 1.0):
+    if not (largest and np.abs(inverse).max() * largest * 4 * n * EPS[d.dtype] < 1.0):
         raise SingularPivotError(ZERO)
     order = lapack.dlaswp(np.arange(n, dtype=float)[:, None], target)[:, 0].astype(np.int64)
-    return L, d, inverse, beside, order, spread
+    return L, d, inverse, beside, order
 
 
 ZERO = "its smallest pivot is zero to working precision"
