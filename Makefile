@@ -57,5 +57,5 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks
 
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
-	rm -rf build results/[0-9]*.json .pytest_cache .ruff_cache .hypothesis hinv/__pycache__ tests/__pycache__
+	rm -rf build results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis hinv/__pycache__ tests/__pycache__
 	find figures -type f ! -name README.md ! -name 04_sparsity.png -delete

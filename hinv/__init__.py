@@ -1,6 +1,6 @@
 """hinv: exact curvature of deep, narrow networks in time linear in depth."""
 
-from . import checks, data, paper, spectrum
+from . import checks, data, optim, paper, spectrum, training
 from .blocks import BlockMatrix
 from .estimate import Estimate
 from .factor import SingularShiftError
@@ -22,8 +22,10 @@ __all__ = [
     "SolveReport",
     "checks",
     "data",
+    "optim",
     "paper",
     "spectrum",
     "tall_skinny",
+    "training",
 ]
 __version__ = "0.1.0"

@@ -132,7 +132,7 @@ class Chain:
                     "tensor, batch dimension first and at least one dimension for the units"
                 )
             if not out.isfinite().all():
-                raise ValueError(
+                raise heads.NotFiniteError(
                     f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
                 )
             stage = Stage(name, module, parameters, z, out)
@@ -230,7 +230,7 @@ def _check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         if tensor.dtype != inputs.dtype:
             raise TypeError(f"'{name}' is {tensor.dtype}, the inputs {inputs.dtype}: convert one to the other")
         if isinstance(tensor, nn.Parameter) and not tensor.isfinite().all():  # a buffer may: attention masks hold -inf
-            raise ValueError(f"'{name}' contains NaN or infinite values")
+            raise heads.NotFiniteError(f"'{name}' contains NaN or infinite values")
     if not inputs.isfinite().all():
         raise ValueError("inputs contain NaN or infinite values")
 

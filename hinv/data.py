@@ -1,8 +1,8 @@
-"""Images for the notebooks: scikit-learn's digits (embedded, the default), CIFAR-10, ImageNet, or any folder of images.
+"""Images for the notebooks: scikit-learn's digits (embedded, the default), CIFAR-10, Imagenette, ImageNet, or any folder of images.
 
 Data is looked for below HINV_DATA (default: the project's data/). A name finds, in this order: the official CIFAR-10 files
 (`cifar-10-batches-py`), a tree `<name>/{train,test|val}/<class>/*`, a tree whose folder begins with `<name>-`, and a path.
-CIFAR-10 is then downloaded; ImageNet cannot be. What was really loaded is in the answer's `name`.
+CIFAR-10 and Imagenette are then downloaded; ImageNet cannot be (what torchvision.datasets.ImageNet unpacks from its archives is such a tree). What was really loaded is in the answer's `name`.
 """
 
 import http.client
@@ -21,8 +21,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, ImageFolder
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, ImageFolder, Imagenette
 from torchvision.datasets.utils import check_md5
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from .checks import ROOT
@@ -45,6 +47,15 @@ class Images(NamedTuple):
     std: Tensor
 
 
+class Source(NamedTuple):
+    """Labelled pictures not yet read: paths, arrays (h, w, 3) of bytes, or tensors; y (n,) int64."""
+
+    pictures: list
+    y: Tensor
+    classes: list[str]
+    name: str
+
+
 def load(
     name: str = "digits",
     split: str = "train",
@@ -62,34 +73,22 @@ def load(
     """Load labelled images.
 
     Args:
-        name: "digits", "cifar10", "imagenet", another folder below HINV_DATA, or a path to a folder of class folders.
+        name: "digits", "cifar10", "imagenette" (ten classes of ImageNet), "imagenet", another folder below HINV_DATA, or a path to a folder of class folders.
         split: "train", "test" or "val" (the last two stand for each other in folder trees).
         n: how many, spread evenly over the classes, chosen by `seed`; all by default.
         gray: one channel (the mean of the colours as ITU-R 601 weighs them).
         side: resize the shorter side to this and cut the centre.
         normalize: True for zero mean and unit variance in each channel over the images loaded; (mean, std) to use those of another
             split (`Images.mean`, `.std`).
-        download: whether CIFAR-10 may be fetched, from `mirrors` first, within `timeout` seconds for each host.
+        download: whether CIFAR-10 or Imagenette may be fetched, from `mirrors` first, within `timeout` seconds for each host.
         fallback: a name to load instead when this one is not found; `Images.name` then says so.
 
     Raises:
         DataNotFound: with the three ways to get the data.
         ValueError: an unknown split, more images asked for than there are, images of unequal size without `side`.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: use 'train', 'test' or 'val'")
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    try:
-        source = _digits(split) if name == "digits" else _find(name, split, download, mirrors, timeout)
-    except DataNotFound:
-        if fallback is None:
-            raise
-        images = load(fallback, split, n, gray, side, normalize, seed, dtype, download, None, mirrors, timeout)
-        return images._replace(name=f"{images.name} (stand-in: {name} not found)")
-    pictures, labels, classes, found = source
-    chosen = _balanced(labels, n, seed, found)
-    stack = [_picture(pictures[i], gray, side).to(dtype) for i in chosen]
+    pictures, y, classes, found = source(name, split, n, seed, download, fallback, mirrors, timeout)
+    stack = [_picture(picture, gray, side).to(dtype) for picture in pictures]
     if len({tuple(p.shape) for p in stack}) > 1:
         raise ValueError(f"the images of {found} differ in size: give side=")
     x = torch.stack(stack)
@@ -100,7 +99,88 @@ def load(
     else:
         mean, std = torch.zeros(x.shape[1], dtype=dtype), torch.ones(x.shape[1], dtype=dtype)
     x = (x - mean[:, None, None]) / std[:, None, None]
-    return Images(x, torch.as_tensor(labels)[torch.as_tensor(chosen)].long(), classes, found, mean, std)
+    return Images(x, y, classes, found, mean, std)
+
+
+def source(
+    name: str = "digits",
+    split: str = "train",
+    n: int | None = None,
+    seed: int = 0,
+    download: bool = True,
+    fallback: str | None = None,
+    mirrors: tuple[str, ...] = (),
+    timeout: float = 600.0,
+) -> Source:
+    """Find images without reading them, for sets larger than memory; arguments and errors as `load`."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use 'train', 'test' or 'val'")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    try:
+        pictures, labels, classes, found = (
+            _digits(split) if name == "digits" else _find(name, split, download, mirrors, timeout)
+        )
+    except DataNotFound:
+        if fallback is None:
+            raise
+        stand_in = source(fallback, split, n, seed, download, None, mirrors, timeout)
+        return stand_in._replace(name=f"{stand_in.name} (stand-in: {name} not found)")
+    chosen = _balanced(labels, n, seed, found)
+    y = torch.as_tensor(labels)[torch.as_tensor(chosen)].long()
+    return Source([pictures[i] for i in chosen], y, classes, found)
+
+
+class Stack(Dataset):
+    """Images in memory, for a DataLoader whose batches are lists of (epoch, number)."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([i for _, i in keys])
+        return self.x[index], self.y[index]
+
+
+class Crops(Dataset):
+    """Images read as they are needed, each cut and flipped at random: a crop of 35 to 100 percent of the area, resized to `side`.
+
+    The random numbers of a picture depend on seed, epoch and number alone, so neither the order of reading nor the number of worker processes matters.
+    Sets whose pictures fit into 2 GiB at twice the side are kept in memory after the first reading.
+    """
+
+    def __init__(self, source: Source, side: int, gray: bool, mean: Tensor, std: Tensor, dtype: torch.dtype, seed: int):
+        self.source, self.side, self.gray, self.dtype, self.seed = source, side, gray, dtype, seed
+        self.mean, self.std = mean[:, None, None].to(dtype), std[:, None, None].to(dtype)
+        small = len(source.y) * 3 * (2 * side) ** 2 * 4 < 2**31
+        self._kept: dict[int, Tensor] | None = {} if small else None
+
+    def __len__(self) -> int:
+        return len(self.source.y)
+
+    def _read(self, i: int) -> Tensor:
+        if self._kept is None:
+            return _picture(self.source.pictures[i], self.gray, None)
+        if i not in self._kept:
+            self._kept[i] = _picture(self.source.pictures[i], self.gray, 2 * self.side).float()
+        return self._kept[i]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        out = []
+        with torch.random.fork_rng(devices=[]):
+            for epoch, i in keys:
+                torch.default_generator.manual_seed(
+                    hash((self.seed, epoch, i))
+                )  # of integers: the same in every process
+                picture = self._read(i)
+                box = RandomResizedCrop.get_params(picture, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3))
+                cut = transforms.resized_crop(picture, *box, [self.side, self.side], antialias=True)
+                out.append(cut.flip(-1) if torch.rand(()) < 0.5 else cut)
+        x = (torch.stack(out).to(self.dtype) - self.mean) / self.std
+        return x, self.source.y[torch.tensor([i for _, i in keys])]
 
 
 def folder() -> Path:
@@ -138,12 +218,14 @@ def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeo
             part = candidate
         files = ImageFolder(str(part))
         return [path for path, _ in files.samples], np.array(files.targets), files.classes, candidate.name
-    if name == "cifar10" and download:
-        return _official_cifar10(_download_cifar10(home, mirrors, timeout), split)
+    archive = _archives().get(name)
+    if archive and download:
+        _download(name, archive, home, mirrors, timeout)
+        return _find(name, split, False, mirrors, timeout)
     raise DataNotFound(
         f"no {split} images of '{name}' below {home}. Three ways to get them: (1) put the official files or a tree "
         f"{name}/{{train,test}}/<class>/* there, or point HINV_DATA to where they are; (2) give load() the path of a folder of class "
-        "folders; (3) let load('cifar10', download=True) fetch CIFAR-10 (ImageNet has no free download). 'digits' always works"
+        "folders; (3) let load('cifar10') or load('imagenette') fetch theirs (ImageNet has no free download). 'digits' always works"
     )
 
 
@@ -152,26 +234,43 @@ def _official_cifar10(root: Path, split: str):
     return list(data.data), np.array(data.targets), data.classes, "cifar10"
 
 
-def _download_cifar10(home: Path, mirrors: tuple[str, ...], timeout: float) -> Path:
-    """Fetch, check and unpack the official archive into `home`; nothing half-written stays."""
+class Archive(NamedTuple):
+    """What can be downloaded: the folder `inside` the archive becomes `folder` below HINV_DATA."""
+
+    url: str
+    md5: str
+    inside: str
+    folder: str
+    megabytes: int
+
+
+def _archives() -> dict[str, Archive]:
+    return {
+        "cifar10": Archive(CIFAR10.url, CIFAR10.tgz_md5, CIFAR10.base_folder, CIFAR10.base_folder, 170),
+        "imagenette": Archive(*Imagenette._ARCHIVES["160px"], "imagenette2-160", "imagenette", 99),
+    }
+
+
+def _download(name: str, archive: Archive, home: Path, mirrors: tuple[str, ...], timeout: float) -> None:
+    """Fetch, check and unpack an archive into `home`; nothing half-written stays."""
     home.mkdir(parents=True, exist_ok=True)
     problems = []
-    for url in (*mirrors, CIFAR10.url):
+    for url in (*mirrors, archive.url):
         with tempfile.TemporaryDirectory(dir=home) as work:
-            archive = Path(work) / CIFAR10.filename
+            file = Path(work) / Path(urlparse(archive.url).path).name
             try:
-                _fetch(url, archive, timeout)
-                if not check_md5(str(archive), CIFAR10.tgz_md5):
+                _fetch(url, file, timeout)
+                if not check_md5(str(file), archive.md5):
                     raise OSError("the archive's md5 sum is wrong")
-                shutil.unpack_archive(archive, work, filter="data")
-                os.replace(Path(work) / CIFAR10.base_folder, home / CIFAR10.base_folder)
-                return home
+                shutil.unpack_archive(file, work, filter="data")
+                os.replace(Path(work) / archive.inside, home / archive.folder)
+                return
             except (OSError, ValueError, http.client.HTTPException, shutil.ReadError) as error:
                 problems.append(f"{urlparse(url).hostname}: {error}")
     raise DataNotFound(
-        f"CIFAR-10 is not below {home} and could not be downloaded ({'; '.join(problems)}). Three ways: (1) put cifar-10-batches-py or a "
-        "tree cifar10/{train,test}/<class>/* there, or point HINV_DATA to it; (2) load(<path of a folder of class folders>); "
-        "(3) try the download again with load('cifar10', mirrors=('https://...',), timeout=seconds)"
+        f"'{name}' is not below {home} and could not be downloaded ({'; '.join(problems)}). Three ways: (1) put {archive.inside} or a "
+        f"tree {name}/{{train,test}}/<class>/* there, or point HINV_DATA to it; (2) load(<path of a folder of class folders>); "
+        f"(3) try the download again with load('{name}', mirrors=('https://...',), timeout=seconds)"
     )
 
 

@@ -33,7 +33,7 @@ class Dual:
             w, u = known
             Lambda = w.diag_embed() if u is None else w.diag_embed() - u.unsqueeze(2) * u.unsqueeze(1)
         values, vectors = torch.linalg.eigh(Lambda)
-        if values.min() < -1e-8 * values.abs().max():
+        if not heads.semidefinite(values):
             raise ValueError(
                 "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
             )

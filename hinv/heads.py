@@ -14,6 +14,10 @@ from torch import Tensor, nn
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+class NotFiniteError(ValueError):
+    """Weights, activations, the loss or its gradient are NaN or infinite."""
+
+
 def check_targets(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     """Refuse targets that the loss cannot take, before torch says so less clearly.
 
@@ -64,7 +68,7 @@ def value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
             f"the loss must be one number, a sum or mean over samples, but is {shape}: use reduction='mean' or 'sum'"
         )
     if not out.isfinite():
-        raise ValueError(
+        raise NotFiniteError(
             f"the loss is {out.item()}: check the scale of inputs and weights (or that not every label is ignored)"
         )
     return out.reshape(())
@@ -92,8 +96,12 @@ def convex(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
     known = diagonal_minus_rank_one(loss, outputs, targets)
     if known is not None:
         return bool((known[0] >= 0).all())
-    values = torch.linalg.eigvalsh(curvature(loss, outputs, targets))
-    return bool(values.min() >= -outputs[0].numel() * torch.finfo(values.dtype).eps * values.abs().max())
+    return semidefinite(torch.linalg.eigvalsh(curvature(loss, outputs, targets)))
+
+
+def semidefinite(values: Tensor) -> bool:
+    """Whether these eigenvalues (B, C) are those of positive semidefinite matrices, to rounding."""
+    return bool(values.min() >= -100 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max())
 
 
 def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:

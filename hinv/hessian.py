@@ -56,7 +56,9 @@ class Curvature:
         self.loss = scalar.item()
         self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
         if not self.gradient.isfinite().all():
-            raise ValueError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
+            raise heads.NotFiniteError(
+                "the gradient contains NaN or infinite values: check the scale of inputs and weights"
+            )
         if check:
             for stage in self.chain.live:
                 check_stage(stage)

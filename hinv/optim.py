@@ -1,0 +1,512 @@
+"""Descent with exact curvature: one `step(inputs, targets)`, whatever the method.
+
+Every class finds a direction d on the batch and hands it to an ordinary torch optimizer as if it were the gradient: theta -= rate * d for the
+default SGD(lr=1). So momentum on the preconditioned step is SGD's momentum, and every schedule of torch.optim.lr_scheduler works on `.optimizer`.
+
+    GradientDescent      d = g                                  the baseline: SGD, momentum, Adam, anything from torch.optim
+    DampedNewton         d = (H + eps I)^-1 g                   the paper's
+    GaussNewton          d = (G + eps I)^-1 g                   G the Gauss-Newton matrix; eps by Levenberg and Marquardt
+    TrustRegionNewton    d = argmin of the model in a ball      More and Sorensen (1983) on exact factorizations
+    SaddleFreeNewton     d = (|H| + eps I)^-1 g                 Dauphin et al. (2014), on the dense or a Lanczos spectrum
+
+With s the step really taken, the model predicts the decrease -(g.s + s.Cs / 2), C = H or G, and rho = decrease of the loss / predicted decrease. A step
+that makes the loss of its own batch larger is taken back.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from . import heads
+from .estimate import require
+from .factor import SingularShiftError
+from .hessian import GGN, Curvature, Hessian
+
+SUFFICIENT = 1e-4  # share of the predicted decrease below which a step is taken back
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did; None where the method does not know.
+
+    `loss` of the batch before, `loss_after` on the same batch; `decrease` predicted by the model, `ratio` rho; `damping` of the factorization used;
+    `step_norm` of the step taken (0 if taken back); `inertia` of C + damping I; `factorizations` and `seconds` it took; `note`: why it is not the
+    plain step of its method.
+    """
+
+    loss: float
+    loss_after: float | None = None
+    decrease: float | None = None
+    ratio: float | None = None
+    damping: float | None = None
+    step_norm: float | None = None
+    inertia: tuple[int, int, int] | None = None
+    accepted: bool = True
+    factorizations: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Direction:
+    """d, and what it came from."""
+
+    d: Tensor
+    inertia: tuple[int, int, int] | None = None
+    factorizations: int = 0
+    note: str = ""
+
+
+class Descent:
+    """What all methods share: the torch optimizer behind them, clipping, acceptance, state.
+
+    Args:
+        model, loss: as `hinv.Hessian` takes them.
+        optimizer: a torch.optim.Optimizer over the model's parameters, which takes the direction for a gradient; SGD(lr=1) by default.
+        clip: largest norm of the direction (as torch.nn.utils.clip_grad_norm_).
+    """
+
+    def __init__(
+        self, model: nn.Sequential, loss: heads.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
+    ):
+        self.model, self.loss = model, loss
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter: set requires_grad=True on some")
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1.0) if optimizer is None else optimizer
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in held} != {id(p) for p in self.parameters}:
+            raise ValueError("the optimizer must hold exactly the model's trainable parameters: build it from them")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be a positive number or None, not {clip}")
+        self.clip = clip
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+        with torch.enable_grad():
+            value = heads.value(self.loss, self.model(inputs), targets)
+            gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
+        return value.item(), parameters_to_vector(g.contiguous() for g in gradient)
+
+    def _move(self, d: Tensor) -> None:
+        """One step of the torch optimizer with d in place of the gradient."""
+        pieces = d.split([p.numel() for p in self.parameters])
+        for p, piece in zip(self.parameters, pieces, strict=True):
+            p.grad = piece.view_as(p).clone()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _position(self) -> Tensor:
+        return parameters_to_vector(self.parameters).detach()
+
+    def state_dict(self) -> dict:
+        """Everything the next step depends on, as torch.save and torch.load(weights_only=True) take it. The model's weights are not in it."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class GradientDescent(Descent):
+    """The baseline: one step of any torch optimizer. It computes nothing more than the step, so the report has only `loss` and `seconds`.
+
+    Example:
+        >>> descent = GradientDescent(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
+        >>> descent.step(x, y).loss
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        loss: heads.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+    ):
+        super().__init__(model, loss, optimizer, clip)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = heads.value(self.loss, self.model(inputs), targets)
+            loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        return StepReport(loss.item(), seconds=time.perf_counter() - start)
+
+
+class Preconditioned(Descent):
+    """The loop of the curvature methods. A subclass says which matrix (`kind`) and finds a direction with it (`_direct`).
+
+    Args:
+        damping: eps (loss / parameter^2).
+        adapt: factor by which the damping falls where rho > 3/4 and rises where rho < 1/4 (Levenberg, Marquardt); 1 keeps it.
+        every: steps between factorizations; in between the last one serves the new gradients.
+        accept: whether a step that makes the loss of its batch larger is taken back.
+
+    A step whose matrix cannot be factored, or whose direction is not finite, becomes the gradient step of the length that the model suggests,
+    |g|^2 / |g.(C + eps I)g|; the report's `note` says why.
+    """
+
+    kind: type[Curvature]
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        loss: heads.Loss,
+        optimizer: torch.optim.Optimizer | None,
+        clip: float | None,
+        damping: float,
+        adapt: float,
+        every: int,
+        accept: bool,
+    ):
+        super().__init__(model, loss, optimizer, clip)
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping must be a positive number, not {damping}")
+        if not adapt >= 1:
+            raise ValueError(f"adapt must be at least 1 (1 keeps the damping), not {adapt}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        self.damping, self.adapt, self.every, self.accept = float(damping), float(adapt), int(every), bool(accept)
+        self.floor = torch.finfo(self.parameters[0].dtype).eps ** 0.75
+        self._curvature: Curvature | None = None  # the one that was factored, and at which damping
+        self._used, self._age, self._checked = 0.0, 0, False
+
+    # what a subclass says
+
+    def _direct(self, C: Curvature, g: Tensor) -> Direction:
+        """A direction from a fresh matrix; keeps what `_again` needs."""
+        self._keep(C)
+        return replace(self._again(g), factorizations=1)
+
+    def _keep(self, C: Curvature) -> None:
+        """Factor C at the damping `_used`."""
+        self._factor = C.factor(self._used)
+
+    def _again(self, g: Tensor) -> Direction:
+        """A direction for a gradient from what was kept."""
+        return Direction(self._factor.solve(g), self._factor.inertia)
+
+    def _adjust(self, ratio: float, length: float) -> None:
+        """The damping after a step with this rho."""
+        self.damping = max(self.damping / self.adapt, self.floor) if ratio > 0.75 else self.damping
+        self.damping = self.damping * self.adapt if not ratio >= 0.25 else self.damping
+
+    # the step
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """One step on a batch.
+
+        Raises:
+            ValueError, TypeError: what the model, the loss or the batch cannot be, by name (see `hinv.Hessian`); NaN in loss or weights. The weights
+                are as before the call. MemoryError: the factorization does not fit.
+        """
+        start, before = time.perf_counter(), self._position()
+        fresh = self._curvature is None or self._age % self.every == 0
+        if fresh:
+            # the checks that cost products are made once: the model's structure stays, only its weights move
+            C = self._curvature = self.kind(self.model, self.loss, inputs, targets, check=not self._checked)
+            self._checked, self._age, self._used = True, 0, self.damping
+            loss, g = C.loss, C.gradient
+        else:
+            C = self._curvature
+            loss, g = self._gradient(inputs, targets)
+        try:
+            found = self._direct(C, g) if fresh else self._again(g)
+            if not found.d.isfinite().all():
+                raise SingularShiftError("the direction is not finite")
+        except (SingularShiftError, ArpackNoConvergence) as error:
+            self._age = -1  # nothing to use again
+            curvature = (g @ (C @ g) + (self._used or 0.0) * (g @ g)).abs().item()
+            found = Direction(
+                g * ((g @ g).item() / curvature if curvature > 0 else 1.0), note=f"gradient step: {error}"
+            )
+        memory = {k: v.clone() for k, v in self._flat_state().items()} if self.accept else {}
+        self._move(found.d)
+        s = self._position() - before
+        decrease = -(g @ s + 0.5 * (s @ (C @ s))).item()
+        with torch.no_grad():
+            loss_after = float(self.loss(self.model(inputs), targets))
+        ratio = (loss - loss_after) / decrease if decrease else math.nan
+        good = math.isfinite(loss_after) and loss - loss_after >= SUFFICIENT * max(decrease, 0.0)
+        accepted = good or not self.accept
+        note, length = found.note, s.norm().item()
+        if not accepted:
+            self._restore(before, memory)
+            self._age = -1
+            note = "; ".join(filter(None, [note, "taken back: the loss rose"]))
+        self._adjust(ratio if good else -math.inf, length)
+        self._age += 1
+        return StepReport(
+            loss,
+            loss_after,
+            decrease,
+            ratio,
+            self._used,
+            length if accepted else 0.0,
+            found.inertia,
+            accepted,
+            found.factorizations,
+            time.perf_counter() - start,
+            note,
+        )
+
+    def _flat_state(self) -> dict[tuple, Tensor]:
+        """The torch optimizer's tensors (its momentum), by parameter number and name."""
+        state = self.optimizer.state
+        return {(i, k): v for i, p in enumerate(self.parameters) for k, v in state[p].items() if isinstance(v, Tensor)}
+
+    def _restore(self, before: Tensor, memory: dict[tuple, Tensor]) -> None:
+        vector_to_parameters(before, self.parameters)
+        for i, p in enumerate(self.parameters):
+            kept = {k: v for (j, k), v in memory.items() if j == i}
+            if kept:
+                self.optimizer.state[p].update(kept)
+            else:
+                self.optimizer.state.pop(p, None)
+
+    def state_dict(self) -> dict:
+        state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
+        if self._curvature is not None and self._age % self.every:
+            chain = self._curvature.chain  # the factorization itself is made again: the batch and weights determine it
+            at = parameters_to_vector(chain.parameters).detach()
+            state["held"] = {"inputs": chain.inputs, "targets": chain.targets, "parameters": at}
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.damping, self._used, self._age = state["damping"], state["used"], state["age"]
+        self._curvature = None
+        if state["held"] is not None:
+            held, now = state["held"], self._position()
+            vector_to_parameters(held["parameters"], self.parameters)
+            self._curvature = self.kind(self.model, self.loss, held["inputs"], held["targets"])
+            self._keep(self._curvature)
+            vector_to_parameters(now, self.parameters)
+
+
+class DampedNewton(Preconditioned):
+    """The paper's step (H + eps I)^-1 g. Where H has eigenvalues below -eps it may point uphill: it is the honest article, nothing is flipped.
+
+    Cost: one factorization of H (see `Hessian.factor`) for each `every` steps.
+    """
+
+    kind = Hessian
+
+    def __init__(self, model, loss, optimizer=None, clip=None, damping=1.0, adapt=1.0, every=1, accept=False):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+
+
+class GaussNewton(DampedNewton):
+    """(G + eps I)^-1 g with the exact Gauss-Newton matrix, always downhill; for cross-entropy the exact natural gradient.
+
+    On a fixed batch the damping adapts and a step that fails is taken back. On minibatches, where rho sees only the batch that made the step,
+    a fixed damping (adapt=1, accept=False) and a rate below one are better.
+    """
+
+    kind = GGN
+
+    def __init__(self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, every=1, accept=True):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+
+
+class TrustRegionNewton(Preconditioned):
+    """The minimizer of the quadratic model with the exact Hessian in the ball |s| <= radius.
+
+    It is s = -(H + lambda I)^-1 g with H + lambda I positive semidefinite, known from the inertia of each factorization, and |s| = radius; lambda by
+    Newton's method on 1/|s| = 1/radius, safeguarded by a bracket. In the hard case (|s| < radius however close lambda comes to -lambda_min) an
+    eigenvector of the lowest eigenvalue, found by inverse iteration with the same factorization, fills up to the boundary.
+
+    Args:
+        radius: first radius, in the norm of the parameters; it quarters where rho < 1/4 and doubles where rho > 3/4 at the boundary.
+        rtol: of |s| = radius.
+
+    Cost: usually one to three factorizations of H a step.
+    """
+
+    kind = Hessian
+
+    def __init__(self, model, loss, optimizer=None, clip=None, radius=1.0, rtol=0.1, every=1, accept=True):
+        if not radius > 0:
+            raise ValueError(f"radius must be a positive number, not {radius}")
+        if not 0 < rtol < 1:
+            raise ValueError(f"rtol must lie between 0 and 1, not {rtol}")
+        super().__init__(model, loss, optimizer, clip, damping=1.0, adapt=1.0, every=every, accept=accept)
+        self.radius, self.rtol, self.damping = (
+            float(radius),
+            rtol,
+            None,
+        )  # the first lambda comes from the first gradient
+        self._lowest: Tensor | None = None
+
+    def _direct(self, H: Curvature, g: Tensor) -> Direction:
+        norm = g.norm().item()
+        if norm == 0:
+            return Direction(g)
+        start = norm / self.radius if self.damping is None else self.damping
+        floor = torch.finfo(g.dtype).eps ** 0.5
+        found = more_sorensen(H, g, self.radius, start, floor, self.rtol, self._lowest)
+        self.damping = self._used = found.shift
+        self._factor, self._lowest = found.factor, found.lowest
+        return Direction(-found.s, self._factor.inertia, found.factorizations, found.note)
+
+    def _again(self, g: Tensor) -> Direction:
+        found = super()._again(g)
+        return replace(found, d=found.d * min(1.0, self.radius / found.d.norm().item()))
+
+    def _adjust(self, ratio: float, length: float) -> None:
+        before = self.radius
+        if not ratio >= 0.25:
+            self.radius = 0.25 * min(self.radius, length)
+        elif ratio > 0.75 and length > (1 - 2 * self.rtol) * self.radius:
+            self.radius *= 2.0
+        if self.damping is not None:
+            self.damping *= before / self.radius  # at the boundary lambda goes about as 1 / radius
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"radius": self.radius, "lowest": self._lowest}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.radius, self._lowest = state["radius"], state["lowest"]
+        super().load_state_dict(state)
+
+
+MOST = 15  # factorizations in one trust-region step
+
+
+@dataclass
+class Ball:
+    """What More and Sorensen's method returns: the step, lambda, the factorization there, an approximate eigenvector of the lowest eigenvalue."""
+
+    s: Tensor
+    shift: float
+    factor: object
+    lowest: Tensor | None
+    factorizations: int
+    note: str = ""
+
+
+def more_sorensen(
+    H: Curvature, g: Tensor, radius: float, shift: float, floor: float, rtol: float, lowest: Tensor | None = None
+) -> Ball:
+    """min g.s + s.Hs / 2 in the ball |s| <= radius, to a share rtol of the radius or of the decrease.
+
+    Source: J. J. More, D. C. Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983), section 3; positive definiteness is read off the inertia.
+
+    Args:
+        shift: first lambda to try. floor: the smallest (loss / parameter^2).
+        lowest: a guess of the lowest eigenvector; its Rayleigh quotient bounds lambda from below, as -lambda_min >= -z.Hz.
+
+    Raises:
+        SingularShiftError: no positive definite H + lambda I was met.
+    """
+    z, low, high, best = lowest, floor, math.inf, None
+    if z is not None:
+        low = max(low, -(z @ (H @ z)).item())
+    shift = max(shift, 1.1 * low)
+    for count in range(1, MOST + 1):
+        try:
+            F = H.factor(shift)
+            definite = F.inertia[1] == 0
+        except SingularShiftError:  # lambda is minus an eigenvalue
+            definite = False
+        if not definite:
+            low = max(low, shift)
+            shift = 10.0 * shift if high == math.inf else math.sqrt(low * high)
+            continue
+        s = -F.solve(g)
+        length = s.norm().item()
+        newton = shift + (length**2 / (s @ F.solve(s)).item()) * (length - radius) / radius
+        if length > (1 + rtol) * radius:
+            low = max(low, shift)
+        else:
+            if length >= (1 - rtol) * radius:
+                return Ball(s, shift, F, z, count)
+            z, quotient = _inverse_iteration(H, F, s, z)
+            tau = _to_the_boundary(s, z, radius)
+            # adding tau z costs the model tau^2 z.(H + lambda I)z, of a decrease of at least half of s.(H + lambda I)s + lambda radius^2
+            if tau**2 * (quotient + shift) <= rtol * (2 - rtol) * (shift * radius**2 - (s @ g).item()):
+                return Ball(s + tau * z, shift, F, z, count, "hard case: lowest eigenvector added")
+            if shift <= 1.1 * floor:
+                return Ball(s, shift, F, z, count)
+            best, high, low = Ball(s, shift, F, z, count), shift, max(low, -quotient)
+            if high <= low * (1 + 1e-3):
+                break
+        least = 1.1 * low if high == math.inf else low + 0.05 * (high - low)
+        shift = min(max(newton, least), high)
+    if best is None:
+        raise SingularShiftError(f"no positive definite H + lambda I in {MOST} factorizations, lambda up to {low:.2g}")
+    best.factorizations, best.note = count, f"inside the radius {radius:.2g} after {count} factorizations"
+    return best
+
+
+def _inverse_iteration(H: Curvature, F, s: Tensor, z: Tensor | None) -> tuple[Tensor, float]:
+    """An approximate eigenvector of the lowest eigenvalue of H, and its Rayleigh quotient, by the factorization of H + lambda I."""
+    if z is None:
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(len(s), generator=generator, dtype=s.dtype).to(s.device)
+    for _ in range(2):
+        z = F.solve(z)
+        z = z / z.norm()
+    return z, (z @ (H @ z)).item()
+
+
+def _to_the_boundary(s: Tensor, z: Tensor, radius: float) -> float:
+    """The tau of smaller magnitude with |s + tau z| = radius."""
+    sz, rest = (s @ z).item(), radius**2 - (s @ s).item()
+    return rest / (sz + math.copysign(math.sqrt(sz**2 + rest), sz)) if rest > 0 else 0.0
+
+
+class SaddleFreeNewton(Preconditioned):
+    """(|H| + eps I)^-1 g: every eigenvalue by its absolute value, so that saddles repel.
+
+    Args:
+        pairs: how many eigenpairs of largest magnitude Lanczos finds (ARPACK, to 10 percent); the rest of the gradient is divided by the magnitude of
+            the curvature along it. None: all of them, by a dense eigendecomposition, for small networks.
+
+    Cost: some 3 `pairs` products with H a step; with None O(P^3).
+    """
+
+    kind = Hessian
+
+    def __init__(self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, pairs=20, every=1, accept=True):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+        P = sum(p.numel() for p in self.parameters)
+        if pairs is not None and not 1 <= pairs < P:
+            raise ValueError(f"pairs must lie between 1 and {P - 1} (or be None for all), not {pairs}")
+        self.pairs = pairs
+
+    def _direct(self, H: Curvature, g: Tensor) -> Direction:
+        self._keep(H)
+        return self._again(g)
+
+    def _keep(self, H: Curvature) -> None:
+        g = H.gradient
+        if self.pairs is None:
+            require(H.estimate(), "dense", H.device)
+            values, self._vectors = torch.linalg.eigh(H.dense())
+            self._rest = 0.0
+        else:
+            v0 = (g / g.norm()).cpu().double().numpy()
+            values, vectors = eigsh(H.to_scipy(), self.pairs, which="LM", tol=0.1, v0=v0)
+            values, self._vectors = (torch.as_tensor(a).to(g) for a in (values, vectors))
+            rest = g - self._vectors @ (self._vectors.T @ g)
+            self._rest = abs((rest @ (H @ rest)).item()) / max((rest @ rest).item(), torch.finfo(g.dtype).tiny)
+        self._values = values.abs()
+        self._negative = int((values < 0).sum()) if self.pairs is None else None
+
+    def _again(self, g: Tensor) -> Direction:
+        inner = self._vectors.T @ g
+        d = self._vectors @ (inner / (self._values + self._used))
+        if self.pairs is not None:
+            d = d + (g - self._vectors @ inner) / (self._rest + self._used)
+        inertia = None if self._negative is None else (len(g) - self._negative, self._negative, 0)
+        return Direction(d, inertia)

@@ -1,0 +1,338 @@
+"""Steps against their definitions, written with dense matrices."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from hinv import GGN, Hessian, SingularShiftError, optim
+from hinv.heads import NotFiniteError
+from hinv.networks import tall_skinny
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def problem(sizes=(6, 5, 5, 4), batch=12, seed=0, gain=1.2):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, sizes[0], generator=generator, dtype=torch.float64)
+    return tall_skinny(sizes, gain=gain, seed=seed), x, torch.arange(batch) % sizes[-1]
+
+
+def position(model):
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def shifted(C, damping):
+    return C.dense() + damping * torch.eye(C.shape[0], dtype=C.dtype)
+
+
+# -- the baseline ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.01),
+    ],
+    ids=["SGD", "momentum", "Adam"],
+)
+def test_gradient_descent_is_the_plain_loop(make, clip):
+    model, x, y = problem()
+    plain = copy.deepcopy(model)
+    descent, theirs = optim.GradientDescent(model, LOSS, make(model.parameters()), clip), make(plain.parameters())
+    for _ in range(5):
+        report = descent.step(x, y)
+        theirs.zero_grad()
+        value = LOSS(plain(x), y)
+        value.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        theirs.step()
+        assert report.loss == value.item() and report.loss_after is None
+    assert torch.equal(position(model), position(plain))
+
+
+# -- Newton and Gauss-Newton -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "kind"), [(optim.DampedNewton, Hessian), (optim.GaussNewton, GGN)])
+def test_one_step_is_the_dense_solve(cls, kind):
+    model, x, y = problem()
+    C, before = kind(model, LOSS, x, y), position(model)
+    report = cls(model, LOSS, damping=0.7, accept=False).step(x, y)
+    d = torch.linalg.solve(shifted(C, 0.7), C.gradient)
+    s = position(model) - before
+    torch.testing.assert_close(s, -d, rtol=1e-9, atol=1e-12)
+    assert report.loss == C.loss and report.loss_after == LOSS(model(x), y).item()
+    assert report.decrease == pytest.approx(-(C.gradient @ s + 0.5 * s @ C.dense() @ s).item(), rel=1e-9)
+    assert report.ratio == pytest.approx((report.loss - report.loss_after) / report.decrease)
+    assert report.step_norm == pytest.approx(s.norm().item()) and report.factorizations == 1
+    negative = int((torch.linalg.eigvalsh(shifted(C, 0.7)) < 0).sum())
+    assert report.inertia == (len(s) - negative, negative, 0) and report.damping == 0.7
+
+
+def test_momentum_rate_clip_and_schedule_are_those_of_torch():
+    model, x, y = problem()
+    plain = copy.deepcopy(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 2, gamma=0.1)
+    descent = optim.GaussNewton(model, LOSS, inner, clip=0.3, damping=0.5, adapt=1, accept=False)
+    velocity, at = 0.0, position(plain)
+    for k in range(4):
+        G = GGN(plain, LOSS, x, y)
+        d = torch.linalg.solve(shifted(G, 0.5), G.gradient)
+        velocity = 0.9 * velocity + d * min(1.0, 0.3 / (d.norm().item() + 1e-6))
+        at = at - 0.5 * 0.1 ** (k // 2) * velocity
+        nn.utils.vector_to_parameters(at, plain.parameters())
+        descent.step(x, y)
+        schedule.step()
+    torch.testing.assert_close(position(model), at, rtol=1e-9, atol=1e-12)
+
+
+def test_the_damping_follows_rho():
+    model, x, y = problem()
+    descent, seen = optim.GaussNewton(model, LOSS, damping=1.0, adapt=2.0), set()
+    for _ in range(25):
+        before = descent.damping
+        report = descent.step(x, y)
+        assert report.damping == before
+        good = report.accepted and report.ratio >= 0.25
+        expected = before / 2 if report.ratio > 0.75 and report.accepted else before if good else before * 2
+        assert descent.damping == expected
+        seen.add(descent.damping / before)
+    assert 0.5 in seen
+    assert report.loss_after < 1e-4
+
+
+def test_a_step_that_fails_is_taken_back_with_its_momentum():
+    model, x, y = problem(gain=2.0)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    descent = optim.GaussNewton(model, LOSS, inner, damping=0.5)
+    descent.step(x, y)
+    descent.damping = 1e-9
+    inner.param_groups[0]["lr"] = 50.0
+    before, velocity = position(model), [inner.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    report = descent.step(x, y)
+    assert not report.accepted and report.step_norm == 0.0 and "taken back" in report.note
+    assert torch.equal(position(model), before)
+    assert all(
+        torch.equal(inner.state[p]["momentum_buffer"], v) for p, v in zip(model.parameters(), velocity, strict=True)
+    )
+    assert descent.damping > 1e-9
+
+
+def test_a_factorization_serves_several_steps():
+    model, x, y = problem()
+    descent = optim.GaussNewton(model, LOSS, damping=0.5, adapt=1, every=3)
+    first = GGN(model, LOSS, x, y)
+    for k in range(6):
+        g, before = Hessian(model, LOSS, x, y).gradient, position(model)
+        report = descent.step(x, y)
+        assert report.factorizations == (k % 3 == 0) and report.accepted
+        if k < 3:
+            d = torch.linalg.solve(shifted(first, 0.5), g)
+            torch.testing.assert_close(before - position(model), d, rtol=1e-8, atol=1e-12)
+
+
+def test_after_a_refused_step_the_matrix_is_factored_anew():
+    model, x, y = problem()
+    descent = optim.DampedNewton(
+        model, LOSS, torch.optim.SGD(model.parameters(), lr=1e3), damping=1.0, every=5, accept=True
+    )
+    assert not descent.step(x, y).accepted
+    assert descent.step(x, y).factorizations == 1
+
+
+def test_what_cannot_be_factored_becomes_a_gradient_step_and_says_why(monkeypatch):
+    model, x, y = problem()
+    H, before = Hessian(model, LOSS, x, y), position(model)
+
+    def singular(self, *a, **k):
+        raise SingularShiftError("a pivot is zero")
+
+    monkeypatch.setattr(Hessian, "factor", singular)
+    report = optim.DampedNewton(model, LOSS, damping=0.5).step(x, y)
+    g = H.gradient
+    length = (g @ g / (g @ (shifted(H, 0.5) @ g)).abs()).item()
+    torch.testing.assert_close(before - position(model), length * g)
+    assert report.note == "gradient step: a pivot is zero" and report.inertia is None
+
+
+# -- trust region ------------------------------------------------------------------------------------------------------
+
+
+def dense_ball(H, g, radius):
+    """The exact minimum of the model in the ball, by the eigenvalues."""
+    values, vectors = torch.linalg.eigh(H)
+    c = vectors.T @ g
+    edge = max(0.0, -values[0].item())
+    bottom = values + edge < 1e-9 * max(1.0, values.abs().max().item())  # what H + edge I does not see
+
+    def length(shift):
+        return (c / (values + shift)).norm().item()
+
+    if c[bottom].norm() < 1e-9 * g.norm():
+        s = torch.where(bottom, 0.0, -c / (values + edge))
+        if s.norm() <= radius:  # inside, or the hard case: up to the boundary along the lowest eigenvector
+            s[0] += math.sqrt(radius**2 - s.norm().item() ** 2) if edge else 0.0
+            return (c @ s + 0.5 * values @ s.square()).item()
+    high = edge + g.norm().item() / radius + 1.0
+    low = edge + 1e-14 * max(1.0, edge)
+    s = -c / (values + (brentq(lambda t: length(t) - radius, low, high, xtol=1e-15) if length(low) > radius else edge))
+    return (c @ s + 0.5 * values @ s.square()).item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(2, 6), min_size=2, max_size=5),
+    batch=st.integers(1, 10),
+    radius=st.floats(-3, 2).map(lambda e: 10.0**e),
+    first=st.floats(-4, 2).map(lambda e: 10.0**e),
+    hard=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_ball_is_solved_to_its_tolerance(sizes, batch, radius, first, hard, seed):
+    model, x, y = problem(sizes, batch, seed)
+    H = Hessian(model, LOSS, x, y)
+    D, g = H.dense(), H.gradient
+    if hard:
+        lowest = torch.linalg.eigh(D)[1][:, 0]
+        g = g - lowest * (lowest @ g)
+    found = optim.more_sorensen(H, g, radius, first, 1e-8, 0.1)
+    s = found.s
+    best, ours = dense_ball(D, g, radius), (g @ s + 0.5 * s @ (D @ s)).item()
+    assert s.norm() <= 1.1 * radius * (1 + 1e-9)
+    assert ours <= 0.75 * best + 1e-12  # |s| within 10 percent of the radius may lose that much
+    assert found.factorizations <= optim.MOST
+
+
+def test_trust_region_descends_with_few_factorizations():
+    model, x, y = problem((6, 8, 8, 8, 4), 16)
+    descent, loss, count = optim.TrustRegionNewton(model, LOSS), math.inf, 0
+    for _ in range(40):
+        report = descent.step(x, y)
+        assert report.loss <= loss and (report.loss_after <= report.loss or not report.accepted)
+        assert report.inertia[1] == 0
+        loss, count = report.loss, count + report.factorizations
+    assert report.loss < 1e-3 and count < 40 * 4
+
+
+def test_a_saddle_is_left():
+    """At a point where the gradient vanishes and H does not: the lowest eigenvector alone leads away."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    x, y = torch.eye(3).double(), torch.arange(3)
+    assert Hessian(model, LOSS, x, y).gradient.norm() == 0
+    nn.init.constant_(model[0].weight, 1e-9)
+    descent = optim.TrustRegionNewton(model, LOSS, radius=0.5)
+    start = LOSS(model(x), y).item()
+    assert "lowest eigenvector" in descent.step(x, y).note
+    for _ in range(5):
+        descent.step(x, y)
+    assert LOSS(model(x), y).item() < start - 0.05
+
+
+# -- saddle-free -------------------------------------------------------------------------------------------------------
+
+
+def test_saddle_free_is_the_absolute_value():
+    model, x, y = problem()
+    H, before = Hessian(model, LOSS, x, y), position(model)
+    values, vectors = torch.linalg.eigh(H.dense())
+    report = optim.SaddleFreeNewton(model, LOSS, damping=0.3, pairs=None, accept=False).step(x, y)
+    d = vectors @ ((vectors.T @ H.gradient) / (values.abs() + 0.3))
+    torch.testing.assert_close(before - position(model), d, rtol=1e-8, atol=1e-12)
+    assert report.inertia[1] == int((values < 0).sum())
+
+
+def test_saddle_free_by_lanczos():
+    model, x, y = problem((6, 8, 8, 4), 16)
+    H, before = Hessian(model, LOSS, x, y), position(model)
+    values = torch.linalg.eigvalsh(H.dense())
+    descent = optim.SaddleFreeNewton(model, LOSS, damping=0.3, pairs=12, accept=False)
+    descent.step(x, y)
+    V, g = descent._vectors, H.gradient
+    torch.testing.assert_close(V.T @ V, torch.eye(12).double(), rtol=0, atol=1e-8)
+    found = (V.T @ H.dense() @ V).diagonal().abs().sort().values
+    torch.testing.assert_close(found, values.abs().sort().values[-12:], rtol=0.1, atol=0)
+    rest = g - V @ (V.T @ g)
+    scale = (rest @ H.dense() @ rest / (rest @ rest)).abs()
+    expected = V @ ((V.T @ g) / ((V.T @ H.dense() @ V).diagonal().abs() + 0.3)) + rest / (scale + 0.3)
+    torch.testing.assert_close(before - position(model), expected, rtol=1e-3, atol=1e-5)
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "Adam": lambda m: optim.GradientDescent(m, LOSS, torch.optim.Adam(m.parameters(), 0.01)),
+    "GaussNewton": lambda m: optim.GaussNewton(m, LOSS, torch.optim.SGD(m.parameters(), 0.5, momentum=0.5), every=3),
+    "DampedNewton": lambda m: optim.DampedNewton(m, LOSS, damping=3.0, every=2),
+    "TrustRegionNewton": lambda m: optim.TrustRegionNewton(m, LOSS, radius=0.5),
+    "TrustRegionNewton, reused": lambda m: optim.TrustRegionNewton(m, LOSS, radius=0.5, every=2),
+    "SaddleFreeNewton": lambda m: optim.SaddleFreeNewton(m, LOSS, pairs=8, every=2),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_state_goes_on_bit_for_bit(name, steps, tmp_path):
+    model, x, y = problem()
+    descent = MAKERS[name](model)
+    for _ in range(steps):
+        descent.step(x, y)
+    torch.save({"model": model.state_dict(), "descent": descent.state_dict()}, tmp_path / "state.pt")
+    other = problem(seed=5)[0]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.load_state_dict(state["model"])
+    resumed = MAKERS[name](other)
+    resumed.load_state_dict(state["descent"])
+    for k in range(4):
+        a, b = descent.step(x[k:], y[k:]), resumed.step(x[k:], y[k:])
+        assert (a.loss, a.loss_after, a.accepted, a.inertia) == (b.loss, b.loss_after, b.accepted, b.inertia)
+    assert torch.equal(position(model), position(other))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_nan_is_named_and_the_weights_stay(name):
+    model, x, y = problem()
+    descent = MAKERS[name](model)
+    before = position(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"NaN|nan"):
+        descent.step(x, y)
+    assert torch.equal(position(model)[1:], before[1:])
+
+
+def test_bad_options_are_refused():
+    model = problem()[0]
+    for cls, options, match in (
+        (optim.GaussNewton, {"damping": 0.0}, "damping must be a positive number"),
+        (optim.DampedNewton, {"adapt": 0.5}, "adapt must be at least 1"),
+        (optim.DampedNewton, {"every": 0}, "every must be at least 1 step"),
+        (optim.GaussNewton, {"clip": -1.0}, "clip must be a positive number"),
+        (optim.TrustRegionNewton, {"radius": -1.0}, "radius must be a positive number"),
+        (optim.TrustRegionNewton, {"rtol": 2.0}, "rtol must lie between 0 and 1"),
+        (optim.SaddleFreeNewton, {"pairs": 10**6}, "pairs must lie between 1 and"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cls(model, LOSS, **options)
+    with pytest.raises(ValueError, match="exactly the model's trainable parameters"):
+        optim.GaussNewton(model, LOSS, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        optim.GaussNewton(model, LOSS)
