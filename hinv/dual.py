@@ -28,14 +28,15 @@ class Dual:
         self.damping, batch = damping, len(chain.inputs)
         known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
         if known is None:
-            Lambda = heads.curvature(chain.loss, chain.outputs, chain.targets)
+            values, vectors = torch.linalg.eigh(heads.curvature(chain.loss, chain.outputs, chain.targets))
+            if not heads.semidefinite(values):
+                raise ValueError(
+                    "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
+                )
         else:
             w, u = known
-            Lambda = w.diag_embed() if u is None else w.diag_embed() - u.unsqueeze(2) * u.unsqueeze(1)
-        values, vectors = torch.linalg.eigh(Lambda)
-        if not heads.semidefinite(values):
-            raise ValueError(
-                "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
+            values, vectors = torch.linalg.eigh(
+                w.diag_embed() if u is None else w.diag_embed() - u.unsqueeze(2) * u.unsqueeze(1)
             )
         # (B, C, r): columns span Lambda_n = R_n R_n^T; softmax has rank C - 1 in every sample
         rank = max(1, int((values.amax(0) > 4 * torch.finfo(values.dtype).eps * values.max()).sum()))

@@ -560,3 +560,17 @@ def test_ignored_labels_beyond_the_classes():
     H = Hessian(tall_skinny((4, 5, 3)), nn.CrossEntropyLoss(ignore_index=255), x, y)
     values = torch.linalg.eigvalsh(H.dense())
     assert H.count_below(0.01) == int((values < 0.01).sum())
+
+
+def test_the_dual_of_outputs_that_are_all_but_certain():
+    """Where softmax is 1 to rounding, its Hessian's entries cancel; the dual must not take them for negative curvature."""
+    x, y = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 4
+    model = tall_skinny((20, *[24] * 3, 4))
+    with torch.no_grad():
+        model[-1].weight.mul_(1000.0)
+    y = model(x).argmax(1)
+    G = GGN(model, nn.CrossEntropyLoss(), x, y)
+    assert model(x).softmax(1).max(1).values.min() > 1 - 1e-6
+    damping = 1e-4 * torch.linalg.eigvalsh(G.dense())[-1].item()
+    F, b = Dual(G.chain, damping), G.gradient / G.gradient.norm()
+    assert relative(G @ F.solve(b) + damping * F.solve(b), b) < 1e-8
