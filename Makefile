@@ -9,6 +9,9 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 MAP       := $(firstword $(NOTEBOOKS))
 CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
 SOURCES   := $(wildcard hinv/*.py)
+# two notebooks at a time, one thread each, the longest first
+LONG      := $(wildcard notebooks/09*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
+NBVAL      = $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
 DONE      := $(NOTEBOOKS:notebooks/%=build/notebooks/%)
 
 export PYTHONWARNINGS := ignore
@@ -48,7 +51,8 @@ test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make re
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n 2 tests
-	HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(CHAPTERS) $(MAP)
+	HINV_OUTPUT=$(CURDIR)/build/nbval OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(LONG) $(filter-out $(LONG),$(CHAPTERS))
+	HINV_OUTPUT=$(CURDIR)/build/nbval $(NBVAL) $(MAP)
 
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
 	$(PY) -m hinv.bench

@@ -22,6 +22,7 @@ from .data import load
 from .factor import Factor
 from .hessian import GGN, Hessian
 from .networks import tall_skinny
+from .optim import GaussNewton
 
 # The six networks of the comparison with SuperLU, as (sizes, batch), and the two of the libraries' comparison
 SIX = {
@@ -117,6 +118,37 @@ def memory_of_depth(layers: int) -> int:
     code = f"import hinv.bench as b; H = b.deep({layers}); print(b.peak_bytes(lambda: H.factor(0.1)))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True).stdout)
+
+
+def step_of_gauss_newton(classes: int) -> dict[str, float]:
+    """One Gauss-Newton step of the 20-layer network on 32 images of 16 x 16: predicted and measured peak bytes, seconds of the next step."""
+
+    def descent(sizes: tuple[int, ...], columns: int) -> tuple[GaussNewton, tuple]:
+        x = torch.randn(32, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return GaussNewton(tall_skinny(sizes), nn.CrossEntropyLoss(), damping=1.0), (x, torch.arange(32) % sizes[-1])
+
+    warm, batch = descent((4, 3, 2), 4)
+    warm.step(*batch)
+    ours, batch = descent((768, *[24] * 19, classes), 768)
+    prediction = GGN(ours.model, ours.loss, *batch).estimate()
+    method = "dual" if prediction.method == "dual" else "factor"
+    peak = peak_bytes(lambda: ours.step(*batch))
+    again = ours.step(*batch).seconds
+    out = {
+        "parameters": prediction.parameters,
+        "predicted": prediction.bytes[method],
+        "measured": peak,
+        "seconds": again,
+    }
+    return out | {"method": method}
+
+
+def memory_of_a_step(classes: int) -> dict[str, float]:
+    """`step_of_gauss_newton` in a process of its own, whose allocator returns every freed block."""
+    code = f"import json, hinv.bench as b; print(json.dumps(b.step_of_gauss_newton({classes})))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    return json.loads(run.stdout)
 
 
 def depth(depths: tuple[int, ...] = (16, 64, 256, 1024, 4096), deepest: int = 10_000) -> dict:

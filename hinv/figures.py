@@ -119,6 +119,47 @@ def curves(
     return figure
 
 
+def bands(
+    runs: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: str = "xy",
+    bound: float | None = None,
+    bound_label: str = "",
+) -> Figure:
+    """For each name the median over repetitions (x, y) as a line and their range as a band, as far as the shortest repetition goes."""
+    figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
+    for k, (name, repetitions) in enumerate(runs.items()):
+        length = min(len(x) for x, _ in repetitions)
+        x, y = (np.array([np.asarray(r[i], float)[:length] for r in repetitions]) for i in (0, 1))
+        every = (
+            np.unique(np.geomspace(1, length, 6).astype(int) - 1)
+            if "x" in log
+            else np.linspace(0, length - 1, 6).astype(int)
+        )
+        colour, x = PALETTE[k % len(PALETTE)], np.median(x, 0)
+        axis.plot(
+            x,
+            np.median(y, 0),
+            MARKERS[k % len(MARKERS)] + "-",
+            color=colour,
+            ms=5,
+            lw=1.4,
+            markevery=every.tolist(),
+            label=name,
+        )
+        axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
+    if bound is not None:
+        axis.axhline(bound, color="0.3", ls="--", lw=1, label=bound_label)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    for name in log:
+        getattr(axis, f"set_{name}scale")("log")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    sns.despine(figure)
+    return figure
+
+
 def dots(
     groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, title: str, bound: float | None = None
 ) -> Figure:

@@ -326,7 +326,8 @@ class TrustRegionNewton(Preconditioned):
     eigenvector of the lowest eigenvalue, found by inverse iteration with the same factorization, fills up to the boundary.
 
     Args:
-        radius: first radius, in the norm of the parameters; it quarters where rho < 1/4 and doubles where rho > 3/4 at the boundary.
+        radius: first radius, in the norm of the parameters; it halves where rho < 1/4, quarters where the loss rose, and doubles where rho > 3/4 at
+            the boundary.
         rtol: of |s| = radius.
 
     Cost: usually one to three factorizations of H a step.
@@ -334,7 +335,7 @@ class TrustRegionNewton(Preconditioned):
 
     kind = Hessian
 
-    def __init__(self, model, loss, optimizer=None, clip=None, radius=1.0, rtol=0.1, every=1, accept=True):
+    def __init__(self, model, loss, optimizer=None, clip=None, radius=0.3, rtol=0.1, every=1, accept=True):
         if not radius > 0:
             raise ValueError(f"radius must be a positive number, not {radius}")
         if not 0 < rtol < 1:
@@ -365,7 +366,7 @@ class TrustRegionNewton(Preconditioned):
     def _adjust(self, ratio: float, length: float) -> None:
         before = self.radius
         if not ratio >= 0.25:
-            self.radius = 0.25 * min(self.radius, length)
+            self.radius = (0.5 if ratio > 0.0 else 0.25) * min(self.radius, length)
         elif ratio > 0.75 and length > (1 - 2 * self.rtol) * self.radius:
             self.radius *= 2.0
         if self.damping is not None:

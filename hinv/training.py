@@ -56,6 +56,7 @@ class Config:
         batch: images a step. steps, epochs, seconds: the budget; what is used up first ends the run. seconds are those of training alone.
         target: end when the loss of a batch falls below it.
         validate_every, checkpoint_every: in steps; validation also before the first and after the last.
+        seed: of the weights, the order of the images and their crops; which images are used does not depend on it.
         workers: processes that read images (results do not depend on it).
     """
 
@@ -174,7 +175,7 @@ class _Images:
     name: str
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=12)
 def _loaded(**arguments) -> data.Images:
     return data.load(**arguments)
 
@@ -182,7 +183,7 @@ def _loaded(**arguments) -> data.Images:
 def _images(config: Config) -> _Images:
     """Training, probe and test images with zero mean and unit variance by the training images' channels (of a sample of them under augmentation)."""
     dtype, side = getattr(torch, config.dtype), config.side
-    where = {"name": config.dataset, "seed": config.seed, "fallback": config.fallback}
+    where = {"name": config.dataset, "fallback": config.fallback}  # the same images for every seed
     how = where | {"gray": config.gray, "side": side, "dtype": dtype}
     if config.augment:
         if side is None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, Imagenette
 
 from hinv import data
 
@@ -101,6 +101,20 @@ def test_download_checks_and_unpacks(home, monkeypatch):
     assert images.x.shape == (20, 3, 32, 32) and images.name == "cifar10"
     assert sorted(p.name for p in home.iterdir()) == ["broken.tar.gz", CIFAR10.base_folder, "source.tar.gz"]
     assert data.load("cifar10", "test", download=False).x.shape == (4, 3, 32, 32)
+
+
+def test_imagenette_is_fetched_the_same_way(home, monkeypatch):
+    import hashlib
+
+    tree = home / "made" / "imagenette2-160"
+    write_tree(tree, splits=("train", "val"))
+    archive = home / "imagenette2-160.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tree, "imagenette2-160")
+    url = "http://localhost:1/imagenette2-160.tgz"
+    monkeypatch.setattr(Imagenette, "_ARCHIVES", {"160px": (url, hashlib.md5(archive.read_bytes()).hexdigest())})
+    images = data.load("imagenette", "val", side=8, mirrors=(archive.as_uri(),))
+    assert images.name == "imagenette" and images.x.shape[1:] == (3, 8, 8) and (home / "imagenette" / "train").is_dir()
 
 
 def test_failed_download_names_the_host_and_leaves_nothing(home, monkeypatch):

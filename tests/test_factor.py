@@ -573,4 +573,4 @@ def test_the_dual_of_outputs_that_are_all_but_certain():
     assert model(x).softmax(1).max(1).values.min() > 1 - 1e-6
     damping = 1e-4 * torch.linalg.eigvalsh(G.dense())[-1].item()
     F, b = Dual(G.chain, damping), G.gradient / G.gradient.norm()
-    assert relative(G @ F.solve(b) + damping * F.solve(b), b) < 1e-8
+    assert relative(G @ F.solve(b) + damping * F.solve(b), b) < 1e-6  # 1 - p has ten digits here, in any product too

@@ -1,7 +1,6 @@
 """Runs that are killed, damaged, starved and misused; small networks on the digits."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from hinv import data, optim, training
+from hinv import bench, data, optim, training
 from hinv.training import Config, run
 
 SMALL = {"images": 200, "test": 50, "probe": 40, "widths": (8, 8), "batch": 16, "steps": 12, "validate_every": 5}
@@ -336,31 +335,10 @@ def test_augmented_runs_do_not_depend_on_the_workers(tmp_path):
 
 # -- a thousand classes ------------------------------------------------------------------------------------------------
 
-STEP = """
-import torch
-from torch import nn
-from hinv import bench, optim
-from hinv.networks import tall_skinny
-torch.set_num_threads(1)
-x = torch.randn(32, 768, generator=torch.Generator().manual_seed(0)).double()
-y = torch.arange(32) * 31
-model = tall_skinny((768, *[24] * 19, 1000))
-descent = optim.GaussNewton(model, nn.CrossEntropyLoss(), damping=1.0)
-predicted = descent.kind(model, descent.loss, x, y).estimate()
-small = optim.GaussNewton(tall_skinny((4, 3, 2)), nn.CrossEntropyLoss())
-small.step(x[:, :4], y % 2)
-peak = bench.peak_bytes(lambda: descent.step(x, y))
-print(predicted.method, predicted.bytes["factor"], peak)
-"""
-
 
 def test_a_thousand_classes_need_what_was_predicted():
     """20 layers, 1,000 classes: nothing of size (classes x width)^2 = 4.6 GB, and the peak of a step as stated before it."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
-    out = subprocess.run(
-        [sys.executable, "-c", STEP], capture_output=True, text=True, env=environment, check=True
-    ).stdout
-    method, predicted, peak = out.split()
-    assert method == "factor"
-    assert int(peak) == pytest.approx(int(predicted), rel=0.2)
-    assert int(peak) < 8 * (1000 * 24) ** 2 / 4
+    m = bench.memory_of_a_step(1000)
+    assert m["method"] == "factor"
+    assert m["measured"] == pytest.approx(m["predicted"], rel=0.2)
+    assert m["measured"] < 8 * (1000 * 24) ** 2 / 4
