@@ -97,7 +97,7 @@ def test_a_failed_measurement_does_not_stop_training():
     assert "errors" not in monitor()
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
-    with pytest.warns(UserWarning, match="curvature at step 1 is incomplete: model: ValueError: .*NaN"):
+    with pytest.warns(UserWarning, match="curvature at step 1 is incomplete: model: NotFiniteError: .*NaN"):
         assert "NaN" in monitor()["errors"]["model"]
     with torch.no_grad():
         model[0].weight[0, 0] = 0.0
