@@ -31,7 +31,7 @@ ELEMENTWISE = (
 
 @dataclass
 class Stage:
-    """One module of the pipeline with its input z_{l-1}, its output z_l and the backward signal b_l."""
+    """One module of the pipeline with its input z_{l-1}, its output z_l, the backward signal b_l and, if elementwise, its slope (B, a)."""
 
     name: str
     module: nn.Module
@@ -39,6 +39,7 @@ class Stage:
     inputs: Tensor
     outputs: Tensor
     b: Tensor | None = None
+    slope: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -153,7 +154,11 @@ class Chain:
                 with torch.enable_grad():
                     z = stage.inputs.detach().requires_grad_()
                     out = stage.module(z.clone())
-                (b,) = torch.autograd.grad(out, z, b, materialize_grads=True)
+                if stage.kind == "elementwise":  # A_l is diagonal: all columns at once
+                    (slope,) = torch.autograd.grad(out.sum(), z)
+                    b, stage.slope = b.reshape(z.shape) * slope, slope.flatten(1)
+                else:
+                    (b,) = torch.autograd.grad(out, z, b, materialize_grads=True)
 
 
 def _flatten(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:

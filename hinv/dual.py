@@ -8,6 +8,7 @@ D is never formed for linear stages: its column for output direction c of sample
 input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages. Cost O(sum over stages of B C a (a + B C)) and (B C)^3 / 3.
 """
 
+import itertools
 import math
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from . import heads
 from .chain import Chain
 from .factor import SingularShiftError, check_right_hand_side
-from .stages import derivatives, elementwise
+from .stages import derivatives
+
+# rows of D^T D formed at a time: all of them in one product waste half of it, few of them waste calls
+STRIPE = 768
 
 
 class Dual:
@@ -26,51 +30,46 @@ class Dual:
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
         self.damping, batch = damping, len(chain.inputs)
-        known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
-        if known is None:
-            values, vectors = torch.linalg.eigh(heads.curvature(chain.loss, chain.outputs, chain.targets))
-            if not heads.semidefinite(values):
-                raise ValueError(
-                    "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
-                )
-        else:
-            w, u = known
-            values, vectors = torch.linalg.eigh(
-                w.diag_embed() if u is None else w.diag_embed() - u.unsqueeze(2) * u.unsqueeze(1)
-            )
-        # (B, C, r): columns span Lambda_n = R_n R_n^T; softmax has rank C - 1 in every sample
-        rank = max(1, int((values.amax(0) > 4 * torch.finfo(values.dtype).eps * values.max()).sum()))
-        delta = vectors[:, :, -rank:] * values[:, -rank:].clamp_min(0.0).sqrt().unsqueeze(1)
-        size = batch * delta.shape[2]
-        gram = delta.new_zeros(size, size)
-        self.stages = []  # ("linear", delta, Zt) or ("dense", D): D_l^T D_l and products with D_l
-        for number, stage in reversed(list(enumerate(chain.live))):
+        delta = heads.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
+        self.batch, self.rank = batch, delta.shape[2]
+        size, live = batch * self.rank, chain.live
+        gram = delta.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
+        stripes = 1 + size // STRIPE
+        cuts = [batch * i // stripes for i in range(stripes + 1)]
+        # of each stage with parameters Z (B, a_in) if it is linear, else D_l (p, BC); the deltas of the linear ones
+        self.stages, deltas = [], []
+        for number in reversed(range(len(live))):
+            stage = live[number]
             if stage.kind == "linear":
                 z = stage.inputs
-                Zt = torch.cat([z, torch.ones_like(z[:, :1])], 1) if stage.module.bias is not None else z
-                rows = delta.transpose(1, 2).reshape(size, -1)  # ((n, c), a_out)
-                outer = (rows @ rows.T).view(batch, -1, batch, size // batch)
-                gram.view_as(outer).addcmul_(outer, (Zt @ Zt.T)[:, None, :, None])
-                self.stages.insert(0, ("linear", delta, Zt, stage.module.weight.shape))
+                rows = delta.mT.reshape(size, delta.shape[1])  # ((n, c), a_out)
+                kernel = (z @ z.T + float(stage.module.bias is not None))[:, None, :, None]
+                for top, end in itertools.pairwise(cuts):
+                    block = gram[top:end, :, :end]
+                    outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
+                    block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
+                self.stages.insert(0, z)
+                deltas.insert(0, delta)
                 delta = stage.module.weight.detach().T @ delta if number else None
             elif stage.kind == "elementwise":
-                delta = elementwise(stage)[0].unsqueeze(2) * delta
+                delta = stage.slope.unsqueeze(2) * delta
             else:
                 block = derivatives(stage, wrt_input=number > 0)
                 if stage.parameters:
                     D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
-                    gram += D.T @ D
-                    self.stages.insert(0, ("dense", D))
+                    gram += (D.T @ D).view_as(gram)
+                    self.stages.insert(0, D)
                 delta = block.A.mT @ delta if number else None
-        self.size = size
+        gram = gram.view(size, size)
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
-        self.sizes = [
-            s[3].numel() + int(s[2].shape[1] > s[3][1]) * s[3][0] if s[0] == "linear" else len(s[1])
-            for s in self.stages
-        ]
+        owners = [stage for stage in live if stage.parameters]
+        self.linear = [stage.kind == "linear" for stage in owners]
+        self.sizes = [len(stage.x) for stage in owners]
+        self.units = [d.shape[1] for d in deltas]
+        self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
 
     @property
     def inertia(self) -> tuple[int, int, int]:
@@ -79,38 +78,46 @@ class Dual:
     @property
     def logdet(self) -> tuple[float, float]:
         log = 2.0 * self.L.diagonal().log().sum().item()
-        return 1.0, (sum(self.sizes) - self.size) * math.log(self.damping) + log
+        return 1.0, (sum(self.sizes) - len(self.L)) * math.log(self.damping) + log
 
     def solve(self, b: Tensor) -> Tensor:
         """(GGN + damping I)^-1 b for b (P,) or (P, k), without refinement; errors as `Factor.solve`."""
         check_right_hand_side(b, sum(self.sizes))
         if not b.numel():
             return b.clone()
-        g = b.reshape(len(b), -1).to(self.L.dtype)
-        inner = sum(
-            self._transpose(stage, piece) for stage, piece in zip(self.stages, g.split(self.sizes), strict=True)
-        )
-        w = torch.cholesky_solve(inner, self.L)
-        Dw = torch.cat([self._apply(stage, w) for stage in self.stages])
-        return ((g - Dw) / self.damping).reshape(b.shape).to(b.dtype)
+        g = b.reshape(len(b), -1).to(self.L.dtype).T.contiguous()  # (k, P): a column's weights lie together
+        x = g - self._apply(torch.cholesky_solve(self._transpose(g), self.L))
+        return (x / self.damping).T.reshape(b.shape).to(b.dtype)
 
-    def _transpose(self, stage: tuple, g: Tensor) -> Tensor:
-        """D_l^T g (BC, k)."""
-        if stage[0] == "dense":
-            return stage[1].T @ g
-        _, delta, Zt, (a_out, a_in) = stage
-        full = g[: a_out * a_in].reshape(a_out, a_in, -1)
-        if Zt.shape[1] > a_in:
-            full = torch.cat([full, g[a_out * a_in :].unsqueeze(1)], 1)
-        moved = torch.einsum("nd,odk->nok", Zt, full)
-        return (delta.mT @ moved).reshape(-1, g.shape[1])
+    def _pieces(self, g: Tensor) -> list[tuple[bool, Tensor, Tensor]]:
+        """(whether it is linear, Z or D_l, its columns of g) for each stage."""
+        return list(zip(self.linear, self.stages, g.split(self.sizes, 1), strict=True))
 
-    def _apply(self, stage: tuple, w: Tensor) -> Tensor:
-        """D_l w (p_l, k)."""
-        if stage[0] == "dense":
-            return stage[1] @ w
-        _, delta, Zt, (a_out, a_in) = stage
-        back = delta @ w.reshape(len(delta), delta.shape[2], -1)  # (B, a_out, k)
-        full = torch.einsum("nok,nd->odk", back, Zt)
-        weights = full[:, :a_in].reshape(a_out * a_in, -1)
-        return torch.cat([weights, full[:, a_in]]) if Zt.shape[1] > a_in else weights
+    def _transpose(self, g: Tensor) -> Tensor:
+        """D^T g^T, (BC, k) for g (k, P)."""
+        k, moved, inner = len(g), [g.new_zeros(self.batch, len(g), 0)], 0.0
+        for linear, kept, piece in self._pieces(g):
+            if not linear:
+                inner = inner + kept.T @ piece.T
+                continue
+            units, fan_in = self.units[len(moved) - 1], kept.shape[1]
+            weights, bias = piece[:, : units * fan_in].reshape(-1, fan_in), piece[:, units * fan_in :]
+            product = torch.addmm(bias.reshape(-1), kept, weights.T) if bias.numel() else kept @ weights.T
+            moved.append(product.view(self.batch, k, units))
+        return inner + (torch.cat(moved, 2) @ self.delta).mT.reshape(-1, k)
+
+    def _apply(self, w: Tensor) -> Tensor:
+        """(D w)^T, (k, P) for w (BC, k)."""
+        k = w.shape[1]
+        moved = w.view(self.batch, self.rank, k).mT @ self.delta.mT  # (B, k, sum of a_out)
+        columns, out = list(moved.split(self.units, 2)), w.new_empty(k, sum(self.sizes))
+        for linear, kept, piece in self._pieces(out):
+            if not linear:
+                piece.copy_((kept @ w).T)
+                continue
+            column = columns.pop(0).reshape(self.batch, -1)  # (B, k a_out)
+            weights = (column.T @ kept).view(k, -1)
+            piece[:, : weights.shape[1]] = weights
+            if piece.shape[1] > weights.shape[1]:
+                piece[:, weights.shape[1] :] = column.sum(0).view(k, -1)
+        return out

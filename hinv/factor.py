@@ -71,8 +71,8 @@ class Diagonal:
     p = 0
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        slope, bend = elementwise(stage)
-        self.slope, self.row = slope.reshape(-1, 1), slope.reshape(1, -1)
+        first, bend = (stage.slope, None) if gauss_newton else elementwise(stage)
+        self.slope, self.row = first.reshape(-1, 1), first.reshape(1, -1)
         self.bend = None if gauss_newton else bend.flatten()
 
     def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Diagonal", Tensor]:

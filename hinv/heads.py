@@ -104,6 +104,38 @@ def semidefinite(values: Tensor) -> bool:
     return bool(values.min() >= -100 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max())
 
 
+def root(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """R: (B, C, r) with V_n = R_n R_n^T, for a loss that is convex in the outputs.
+
+    Softmax: V_n = W (I - a a^T) W with W = sqrt(diag(w)) and the unit vector a = u / sqrt(w). The reflection that takes a to the last axis has an
+    orthonormal basis of the rest in its other columns, so W times these C - 1 columns is R, without cancellation however certain the outputs are.
+
+    Raises:
+        ValueError: the loss is not convex in the outputs here.
+    """
+    known = diagonal_minus_rank_one(loss, outputs, targets)
+    if known is None:
+        values, vectors = torch.linalg.eigh(curvature(loss, outputs, targets))
+        if not semidefinite(values):
+            raise ValueError(NOT_CONVEX)
+        rank = max(1, int((values.amax(0) > 4 * torch.finfo(values.dtype).eps * values.max()).sum()))
+        return vectors[:, :, -rank:] * values[:, -rank:].clamp_min(0.0).sqrt().unsqueeze(1)
+    w, u = known
+    if (w < 0).any():
+        raise ValueError(NOT_CONVEX)
+    scale = w.sqrt()
+    if u is None:
+        return scale.diag_embed()
+    v = torch.where(w > 0, u / scale, 0.0)
+    v[:, -1] += 1.0
+    v = v / v.norm(dim=1, keepdim=True)
+    reflection = torch.eye(v.shape[1]).to(v) - 2.0 * v.unsqueeze(2) * v.unsqueeze(1)
+    return scale.unsqueeze(2) * reflection[:, :, :-1]
+
+
+NOT_CONVEX = "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
+
+
 def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """(w, u), each (B, C), with V_n = diag(w_n) - u_n u_n^T, for losses known to have this form on (B, C) outputs; else None.
 

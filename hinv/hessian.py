@@ -51,8 +51,11 @@ class Curvature:
         with torch.enable_grad():
             self._outputs = self.chain.model(self.chain.inputs.clone())
             scalar = heads.value(loss, self._outputs, self.chain.targets)
-            # the graph of the gradient is kept: each product with H is one backward pass through it (Pearlmutter)
-            self._gradient = torch.autograd.grad(scalar, parameters, create_graph=True, materialize_grads=True)
+            # H keeps the gradient's graph: each product with it is one backward pass through that (Pearlmutter); G needs the outputs' alone
+            twice = not self.gauss_newton
+            self._gradient = torch.autograd.grad(
+                scalar, parameters, create_graph=twice, retain_graph=True, materialize_grads=True
+            )
         self.loss = scalar.item()
         self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
         if not self.gradient.isfinite().all():
@@ -62,12 +65,8 @@ class Curvature:
         if check:
             for stage in self.chain.live:
                 check_stage(stage)
-        self._prepare()
         if check:
             self._check_products()
-
-    def _prepare(self) -> None:
-        """What `_product` needs beyond the gradient's graph."""
 
     def _check_products(self) -> None:
         """u.Hv = v.Hu for one random pair. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.
@@ -122,7 +121,9 @@ class Curvature:
         width = max(1, COLUMNS // self.shape[0])
         return torch.cat([self._products(piece) for piece in v.split(width, dim=1)], dim=1)
 
-    def _product(self, v: Tensor) -> Tensor:
+    @cached_property
+    def _product(self) -> Callable[[Tensor], Tensor]:
+        """v (P,) -> the matrix times v, with the graphs it needs."""
         raise NotImplementedError
 
     def _products(self, V: Tensor) -> Tensor:
@@ -475,8 +476,9 @@ class Hessian(Curvature):
         >>> step = H.solve(H.gradient, damping=1e-2)
     """
 
-    def _product(self, v: Tensor) -> Tensor:
-        return self._pull_back(self._gradient, tuple(self._split(v)))
+    @cached_property
+    def _product(self) -> Callable[[Tensor], Tensor]:
+        return lambda v: self._pull_back(self._gradient, tuple(self._split(v)))
 
     @cached_property
     def layers(self) -> list[paper.Layer]:
@@ -493,19 +495,22 @@ class GGN(Curvature):
 
     gauss_newton = True
 
-    def _prepare(self) -> None:
+    @cached_property
+    def _product(self) -> Callable[[Tensor], Tensor]:
         with torch.enable_grad():  # J^T u is linear in u: its derivative along v is J v
-            self._u = torch.zeros_like(self._outputs).requires_grad_()
-            self._JTu = torch.autograd.grad(
-                self._outputs, self.chain.parameters, self._u, create_graph=True, materialize_grads=True
+            u = torch.zeros_like(self._outputs).requires_grad_()
+            JTu = torch.autograd.grad(
+                self._outputs, self.chain.parameters, u, create_graph=True, materialize_grads=True
             )
-        self._curvature = heads.products(self.chain.loss, self.chain.outputs, self.chain.targets)
+        curvature = heads.products(self.chain.loss, self.chain.outputs, self.chain.targets)
 
-    def _product(self, v: Tensor) -> Tensor:
-        live = [(f, w) for f, w in zip(self._JTu, self._split(v), strict=True) if f.requires_grad]
-        functions, weights = zip(*live, strict=True)
-        (Jv,) = torch.autograd.grad(functions, self._u, weights, retain_graph=True, materialize_grads=True)
-        return self._pull_back((self._outputs,), (self._curvature(Jv),))
+        def product(v: Tensor) -> Tensor:
+            live = [(f, w) for f, w in zip(JTu, self._split(v), strict=True) if f.requires_grad]
+            functions, weights = zip(*live, strict=True)
+            (Jv,) = torch.autograd.grad(functions, u, weights, retain_graph=True, materialize_grads=True)
+            return self._pull_back((self._outputs,), (curvature(Jv),))
+
+        return product
 
 
 def _factor(H: Curvature, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:

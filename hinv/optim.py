@@ -10,7 +10,11 @@ default SGD(lr=1). So momentum on the preconditioned step is SGD's momentum, and
     SaddleFreeNewton     d = (|H| + eps I)^-1 g                 Dauphin et al. (2014), on the dense or a Lanczos spectrum
 
 With s the step really taken, the model predicts the decrease -(g.s + s.Cs / 2), C = H or G, and rho = decrease of the loss / predicted decrease. A step
-that makes the loss of its own batch larger is taken back.
+that makes the loss of its own batch larger is taken back, and momentum starts anew.
+
+Minibatches: a gradient wants many images and costs little; a matrix is good enough from few, and stays good for many steps. `sample` makes it from the
+first images of the batch alone (Byrd et al., SIAM J. Optim. 21, 2011), `every` keeps a factorization for several steps. Both together turn an exact
+Gauss-Newton step into little more than a gradient step.
 """
 
 import math
@@ -32,7 +36,7 @@ SUFFICIENT = 1e-4  # share of the predicted decrease below which a step is taken
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did; None where the method does not know.
+    """What one step did; None where the method does not know, or did not measure it (see `Preconditioned`).
 
     `loss` of the batch before, `loss_after` on the same batch; `decrease` predicted by the model, `ratio` rho; `damping` of the factorization used;
     `step_norm` of the step taken (0 if taken back); `inertia` of C + damping I; `factorizations` and `seconds` it took; `note`: why it is not the
@@ -90,13 +94,18 @@ class Descent:
         with torch.enable_grad():
             value = heads.value(self.loss, self.model(inputs), targets)
             gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
-        return value.item(), parameters_to_vector(g.contiguous() for g in gradient)
+        g = parameters_to_vector(g.contiguous() for g in gradient)
+        if not g.isfinite().all():
+            raise heads.NotFiniteError(
+                "the gradient contains NaN or infinite values: check the scale of inputs and weights"
+            )
+        return value.item(), g
 
     def _move(self, d: Tensor) -> None:
         """One step of the torch optimizer with d in place of the gradient."""
         pieces = d.split([p.numel() for p in self.parameters])
         for p, piece in zip(self.parameters, pieces, strict=True):
-            p.grad = piece.view_as(p).clone()
+            p.grad = piece.view_as(p)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
@@ -149,7 +158,8 @@ class Preconditioned(Descent):
         damping: eps (loss / parameter^2).
         adapt: factor by which the damping falls where rho > 3/4 and rises where rho < 1/4 (Levenberg, Marquardt); 1 keeps it.
         every: steps between factorizations; in between the last one serves the new gradients.
-        accept: whether a step that makes the loss of its batch larger is taken back.
+        accept: whether a step that makes the loss of its batch larger is taken back. Without it rho is measured where the matrix is new, and only there.
+        sample: how many images of each batch, the first ones, the matrix is made from; None: all. The loss must be a mean over samples.
 
     A step whose matrix cannot be factored, or whose direction is not finite, becomes the gradient step of the length that the model suggests,
     |g|^2 / |g.(C + eps I)g|; the report's `note` says why.
@@ -167,6 +177,7 @@ class Preconditioned(Descent):
         adapt: float,
         every: int,
         accept: bool,
+        sample: int | None,
     ):
         super().__init__(model, loss, optimizer, clip)
         if not 0 < damping < math.inf:
@@ -175,12 +186,30 @@ class Preconditioned(Descent):
             raise ValueError(f"adapt must be at least 1 (1 keeps the damping), not {adapt}")
         if every < 1:
             raise ValueError(f"every must be at least 1 step, not {every}")
+        if sample is not None and sample < 1:
+            raise ValueError(f"sample must be at least 1 image, or None for the whole batch, not {sample}")
+        if sample is not None and getattr(loss, "reduction", None) != "mean":
+            raise ValueError(
+                f"sample= needs a loss with reduction 'mean', so that a few images stand for all; {loss} has not: leave sample at None"
+            )
+        self.sample = sample
         self.damping, self.adapt, self.every, self.accept = float(damping), float(adapt), int(every), bool(accept)
         self.floor = torch.finfo(self.parameters[0].dtype).eps ** 0.75
         self._curvature: Curvature | None = None  # the one that was factored, and at which damping
         self._used, self._age, self._checked = 0.0, 0, False
 
     # what a subclass says
+
+    def estimate(self, C: Curvature) -> str:
+        """What a factorization of a matrix like C costs, in a sentence.
+
+        Raises:
+            MemoryError: it does not fit.
+        """
+        prediction = C.estimate()
+        prediction = replace(prediction, method="dual" if prediction.method == "dual" else "factor")
+        require(prediction, prediction.method, C.device)
+        return str(prediction)
 
     def _direct(self, C: Curvature, g: Tensor) -> Direction:
         """A direction from a fresh matrix; keeps what `_again` needs."""
@@ -213,12 +242,12 @@ class Preconditioned(Descent):
         fresh = self._curvature is None or self._age % self.every == 0
         if fresh:
             # the checks that cost products are made once: the model's structure stays, only its weights move
-            C = self._curvature = self.kind(self.model, self.loss, inputs, targets, check=not self._checked)
-            self._checked, self._age, self._used = True, 0, self.damping
-            loss, g = C.loss, C.gradient
-        else:
-            C = self._curvature
-            loss, g = self._gradient(inputs, targets)
+            few = slice(self.sample)
+            C = self.kind(self.model, self.loss, inputs[few], targets[few], check=not self._checked)
+            self._checked, self._age, self._used, self._curvature = True, 0, self.damping, C
+        C = self._curvature
+        whole = fresh and len(C.chain.inputs) == len(inputs)
+        loss, g = (C.loss, C.gradient) if whole else self._gradient(inputs, targets)
         try:
             found = self._direct(C, g) if fresh else self._again(g)
             if not found.d.isfinite().all():
@@ -229,49 +258,47 @@ class Preconditioned(Descent):
             found = Direction(
                 g * ((g @ g).item() / curvature if curvature > 0 else 1.0), note=f"gradient step: {error}"
             )
-        memory = {k: v.clone() for k, v in self._flat_state().items()} if self.accept else {}
         self._move(found.d)
         s = self._position() - before
+        report = StepReport(
+            loss,
+            damping=self._used,
+            step_norm=s.norm().item(),
+            inertia=found.inertia,
+            factorizations=found.factorizations,
+            note=found.note,
+        )
+        if self.accept or fresh:
+            report = self._judge(report, C, g, s, before, inputs, targets)
+        self._age += 1
+        return replace(report, seconds=time.perf_counter() - start)
+
+    def _judge(
+        self,
+        report: StepReport,
+        C: Curvature,
+        g: Tensor,
+        s: Tensor,
+        before: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> StepReport:
+        """Measure rho, adjust the damping, and take the step back if it is to be."""
         decrease = -(g @ s + 0.5 * (s @ (C @ s))).item()
         with torch.no_grad():
             loss_after = float(self.loss(self.model(inputs), targets))
-        ratio = (loss - loss_after) / decrease if decrease else math.nan
-        good = math.isfinite(loss_after) and loss - loss_after >= SUFFICIENT * max(decrease, 0.0)
-        accepted = good or not self.accept
-        note, length = found.note, s.norm().item()
-        if not accepted:
-            self._restore(before, memory)
-            self._age = -1
-            note = "; ".join(filter(None, [note, "taken back: the loss rose"]))
-        self._adjust(ratio if good else -math.inf, length)
-        self._age += 1
-        return StepReport(
-            loss,
-            loss_after,
-            decrease,
-            ratio,
-            self._used,
-            length if accepted else 0.0,
-            found.inertia,
-            accepted,
-            found.factorizations,
-            time.perf_counter() - start,
-            note,
-        )
-
-    def _flat_state(self) -> dict[tuple, Tensor]:
-        """The torch optimizer's tensors (its momentum), by parameter number and name."""
-        state = self.optimizer.state
-        return {(i, k): v for i, p in enumerate(self.parameters) for k, v in state[p].items() if isinstance(v, Tensor)}
-
-    def _restore(self, before: Tensor, memory: dict[tuple, Tensor]) -> None:
+        gain = report.loss - loss_after
+        ratio = gain / decrease if decrease else math.nan
+        good = math.isfinite(loss_after) and gain >= SUFFICIENT * max(decrease, 0.0)
+        self._adjust(ratio if good else -math.inf, report.step_norm)
+        report = replace(report, loss_after=loss_after, decrease=decrease, ratio=ratio)
+        if good or not self.accept:
+            return report
         vector_to_parameters(before, self.parameters)
-        for i, p in enumerate(self.parameters):
-            kept = {k: v for (j, k), v in memory.items() if j == i}
-            if kept:
-                self.optimizer.state[p].update(kept)
-            else:
-                self.optimizer.state.pop(p, None)
+        self.optimizer.state.clear()  # a velocity that led uphill would do so again, however small the step it is added to
+        self._age = -1
+        note = "; ".join(filter(None, [report.note, "taken back: the loss rose"]))
+        return replace(report, step_norm=0.0, accepted=False, note=note)
 
     def state_dict(self) -> dict:
         state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
@@ -301,8 +328,10 @@ class DampedNewton(Preconditioned):
 
     kind = Hessian
 
-    def __init__(self, model, loss, optimizer=None, clip=None, damping=1.0, adapt=1.0, every=1, accept=False):
-        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+    def __init__(
+        self, model, loss, optimizer=None, clip=None, damping=1.0, adapt=1.0, every=1, accept=False, sample=None
+    ):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
 
 
 class GaussNewton(DampedNewton):
@@ -314,8 +343,10 @@ class GaussNewton(DampedNewton):
 
     kind = GGN
 
-    def __init__(self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, every=1, accept=True):
-        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+    def __init__(
+        self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, every=1, accept=True, sample=None
+    ):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
 
 
 class TrustRegionNewton(Preconditioned):
@@ -335,28 +366,30 @@ class TrustRegionNewton(Preconditioned):
 
     kind = Hessian
 
-    def __init__(self, model, loss, optimizer=None, clip=None, radius=0.3, rtol=0.1, every=1, accept=True):
+    def __init__(self, model, loss, optimizer=None, clip=None, radius=0.3, rtol=0.1, every=1, accept=True, sample=None):
         if not radius > 0:
             raise ValueError(f"radius must be a positive number, not {radius}")
         if not 0 < rtol < 1:
             raise ValueError(f"rtol must lie between 0 and 1, not {rtol}")
-        super().__init__(model, loss, optimizer, clip, damping=1.0, adapt=1.0, every=every, accept=accept)
+        super().__init__(
+            model, loss, optimizer, clip, damping=1.0, adapt=1.0, every=every, accept=accept, sample=sample
+        )
         self.radius, self.rtol, self.damping = (
             float(radius),
             rtol,
             None,
         )  # the first lambda comes from the first gradient
-        self._lowest: Tensor | None = None
+        self._lowest: Tensor | None = None  # an eigenvector, and how far lambda was above minus its eigenvalue
+        self._excess: float | None = None
 
     def _direct(self, H: Curvature, g: Tensor) -> Direction:
-        norm = g.norm().item()
-        if norm == 0:
+        norm, finite = g.norm().item(), torch.finfo(g.dtype)
+        if norm < finite.tiny**0.5:  # what would be computed from its square is zero
             return Direction(g)
-        start = norm / self.radius if self.damping is None else self.damping
-        floor = torch.finfo(g.dtype).eps ** 0.5
-        found = more_sorensen(H, g, self.radius, start, floor, self.rtol, self._lowest)
+        excess = norm / self.radius if self._excess is None else self._excess
+        found = more_sorensen(H, g, self.radius, excess, finite.eps**0.5, self.rtol, self._lowest)
         self.damping = self._used = found.shift
-        self._factor, self._lowest = found.factor, found.lowest
+        self._factor, self._lowest, self._excess = found.factor, found.lowest, found.excess
         return Direction(-found.s, self._factor.inertia, found.factorizations, found.note)
 
     def _again(self, g: Tensor) -> Direction:
@@ -369,14 +402,15 @@ class TrustRegionNewton(Preconditioned):
             self.radius = (0.5 if ratio > 0.0 else 0.25) * min(self.radius, length)
         elif ratio > 0.75 and length > (1 - 2 * self.rtol) * self.radius:
             self.radius *= 2.0
-        if self.damping is not None:
-            self.damping *= before / self.radius  # at the boundary lambda goes about as 1 / radius
+        self.radius = max(self.radius, torch.finfo(self.parameters[0].dtype).eps)  # shorter steps are lost in rounding
+        if self._excess is not None:
+            self._excess *= before / self.radius  # at the boundary lambda + lambda_min goes about as 1 / radius
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"radius": self.radius, "lowest": self._lowest}
+        return super().state_dict() | {"radius": self.radius, "lowest": self._lowest, "excess": self._excess}
 
     def load_state_dict(self, state: dict) -> None:
-        self.radius, self._lowest = state["radius"], state["lowest"]
+        self.radius, self._lowest, self._excess = state["radius"], state["lowest"], state["excess"]
         super().load_state_dict(state)
 
 
@@ -385,10 +419,12 @@ MOST = 15  # factorizations in one trust-region step
 
 @dataclass
 class Ball:
-    """What More and Sorensen's method returns: the step, lambda, the factorization there, an approximate eigenvector of the lowest eigenvalue."""
+    """What More and Sorensen's method returns: the step, lambda, its excess over the lower bound, the factorization there, an approximate eigenvector of
+    the lowest eigenvalue."""
 
     s: Tensor
     shift: float
+    excess: float
     factor: object
     lowest: Tensor | None
     factorizations: int
@@ -396,23 +432,24 @@ class Ball:
 
 
 def more_sorensen(
-    H: Curvature, g: Tensor, radius: float, shift: float, floor: float, rtol: float, lowest: Tensor | None = None
+    H: Curvature, g: Tensor, radius: float, excess: float, floor: float, rtol: float, lowest: Tensor | None = None
 ) -> Ball:
     """min g.s + s.Hs / 2 in the ball |s| <= radius, to a share rtol of the radius or of the decrease.
 
-    Source: J. J. More, D. C. Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983), section 3; positive definiteness is read off the inertia.
+    Source: J. J. More, D. C. Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983), section 3; positive definiteness is read off the inertia. Lanczos finds the
+    lowest eigenvalue roughly, at the price of a few dozen products: it bounds lambda from below, as -lambda_min >= -z.Hz for every unit vector z.
 
     Args:
-        shift: first lambda to try. floor: the smallest (loss / parameter^2).
-        lowest: a guess of the lowest eigenvector; its Rayleigh quotient bounds lambda from below, as -lambda_min >= -z.Hz.
+        excess: of the first lambda over that bound. floor: the smallest lambda (loss / parameter^2).
+        lowest: a guess of the lowest eigenvector.
 
     Raises:
         SingularShiftError: no positive definite H + lambda I was met.
     """
-    z, low, high, best = lowest, floor, math.inf, None
-    if z is not None:
-        low = max(low, -(z @ (H @ z)).item())
-    shift = max(shift, 1.1 * low)
+    z, bound = _lowest_pair(H, lowest)
+    bound = low = max(floor, bound)
+    high, best = math.inf, None
+    shift = max(1.1 * low, low + excess)
     for count in range(1, MOST + 1):
         try:
             F = H.factor(shift)
@@ -421,32 +458,49 @@ def more_sorensen(
             definite = False
         if not definite:
             low = max(low, shift)
-            shift = 10.0 * shift if high == math.inf else math.sqrt(low * high)
+            shift = 2.0 * shift if high == math.inf else math.sqrt(low * high)
             continue
         s = -F.solve(g)
         length = s.norm().item()
-        newton = shift + (length**2 / (s @ F.solve(s)).item()) * (length - radius) / radius
+        u = s / length
+        newton = shift + (length - radius) / radius / (u @ F.solve(u)).item()
+        found = Ball(s, shift, shift - bound, F, z, count)
         if length > (1 + rtol) * radius:
             low = max(low, shift)
+        elif length >= (1 - rtol) * radius:
+            return found
         else:
-            if length >= (1 - rtol) * radius:
-                return Ball(s, shift, F, z, count)
             z, quotient = _inverse_iteration(H, F, s, z)
             tau = _to_the_boundary(s, z, radius)
             # adding tau z costs the model tau^2 z.(H + lambda I)z, of a decrease of at least half of s.(H + lambda I)s + lambda radius^2
             if tau**2 * (quotient + shift) <= rtol * (2 - rtol) * (shift * radius**2 - (s @ g).item()):
-                return Ball(s + tau * z, shift, F, z, count, "hard case: lowest eigenvector added")
+                return replace(found, s=s + tau * z, lowest=z, note="hard case: lowest eigenvector added")
             if shift <= 1.1 * floor:
-                return Ball(s, shift, F, z, count)
-            best, high, low = Ball(s, shift, F, z, count), shift, max(low, -quotient)
+                return found
+            best, high, low = replace(found, lowest=z), shift, max(low, -quotient)
             if high <= low * (1 + 1e-3):
                 break
         least = 1.1 * low if high == math.inf else low + 0.05 * (high - low)
         shift = min(max(newton, least), high)
     if best is None:
         raise SingularShiftError(f"no positive definite H + lambda I in {MOST} factorizations, lambda up to {low:.2g}")
-    best.factorizations, best.note = count, f"inside the radius {radius:.2g} after {count} factorizations"
-    return best
+    note = f"inside the radius {radius:.2g} after {count} factorizations"
+    return replace(best, factorizations=count, note=note)
+
+
+def _lowest_pair(H: Curvature, guess: Tensor | None) -> tuple[Tensor | None, float]:
+    """An approximate eigenvector of the lowest eigenvalue of H by Lanczos, and minus its Rayleigh quotient."""
+    if H.shape[0] < 3:
+        return None, -math.inf
+    if guess is None:
+        guess = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        _, vectors = eigsh(H.to_scipy(), 1, which="SA", tol=0.01, v0=guess.cpu().double().numpy())
+    except ArpackNoConvergence:
+        return None, -math.inf
+    z = torch.as_tensor(vectors[:, 0]).to(H.gradient)
+    z = z / z.norm()
+    return z, -(z @ (H @ z)).item()
 
 
 def _inverse_iteration(H: Curvature, F, s: Tensor, z: Tensor | None) -> tuple[Tensor, float]:
@@ -478,12 +532,33 @@ class SaddleFreeNewton(Preconditioned):
 
     kind = Hessian
 
-    def __init__(self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, pairs=20, every=1, accept=True):
-        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept)
+    def __init__(
+        self,
+        model,
+        loss,
+        optimizer=None,
+        clip=None,
+        damping=0.1,
+        adapt=3.0,
+        pairs=20,
+        every=1,
+        accept=True,
+        sample=None,
+    ):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
         P = sum(p.numel() for p in self.parameters)
         if pairs is not None and not 1 <= pairs < P:
             raise ValueError(f"pairs must lie between 1 and {P - 1} (or be None for all), not {pairs}")
         self.pairs = pairs
+
+    def estimate(self, C: Curvature) -> str:
+        prediction = C.estimate()
+        if self.pairs is None:
+            require(prediction, "dense", C.device)
+            return str(replace(prediction, method="dense"))
+        P = prediction.parameters
+        size = 8 * P * (max(2 * self.pairs + 1, 20) + self.pairs)  # ARPACK's basis and the vectors it returns, float64
+        return f"{P:,} parameters, batch {prediction.batch}: Lanczos, about {size / 2**20:,.0f} MiB"
 
     def _direct(self, H: Curvature, g: Tensor) -> Direction:
         self._keep(H)

@@ -36,7 +36,6 @@ from tqdm.auto import tqdm
 
 from . import data, optim
 from .checks import output, write_atomically
-from .estimate import require
 from .heads import NotFiniteError
 from .networks import tall_skinny
 
@@ -398,15 +397,13 @@ class _Session:
 
     def _estimate(self) -> str:
         """What a step needs, said (and refused, if there is too little) before the first one."""
-        if not isinstance(self.descent, optim.Preconditioned) or isinstance(self.descent, optim.SaddleFreeNewton):
+        if not isinstance(self.descent, optim.Preconditioned):
             return "first-order memory"
         x, y = self.images.probe[0][:1], self.images.probe[1][:1]
-        batch = self.config.batch
-        x, y = x.expand(batch, *x.shape[1:]).flatten(1).to(self.config.device), y.expand(batch).to(self.config.device)
-        prediction = self.descent.kind(self.model, self.descent.loss, x, y).estimate()
-        method = "dual" if prediction.method == "dual" else "factor"
-        require(prediction, method, x.device)
-        return str(dataclasses.replace(prediction, method=method))
+        few = min(self.config.batch, self.descent.sample or self.config.batch)
+        x, y = x.expand(few, *x.shape[1:]).flatten(1).to(self.config.device), y.expand(few).to(self.config.device)
+        C = self.descent.kind(self.model, self.descent.loss, x, y)
+        return self.descent.estimate(C)
 
     def _validate(self, file, writer) -> None:
         record = {"kind": "validation", "step": self.step, "elapsed": self.seconds}
