@@ -11,7 +11,7 @@ import torch
 
 from . import heads
 from .chain import Chain
-from .factor import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
+from .parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
 from .symmetric import SMALL, STRIPES, WIDE
 
 

@@ -16,7 +16,8 @@ from . import baselines, heads, paper, sparse, spectrum
 from .chain import Chain
 from .dual import Dual
 from .estimate import Estimate, estimate, require
-from .factor import AccuracyWarning, Factor, SingularShiftError, parts
+from .factor import AccuracyWarning, Factor, SingularShiftError
+from .parts import parts
 from .stages import check as check_stage
 
 REFINEMENTS = 3

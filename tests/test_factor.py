@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hinv
-from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, hessian, sparse
+from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, hessian, parts, sparse
 from hinv.dual import Dual
 from hinv.networks import tall_skinny
 from hinv.symmetric import Cholesky, Small
@@ -74,7 +74,7 @@ def test_hessian_factor(name, damping):
 def test_gauss_newton_factor_dual_and_products(name, damping):
     G, D = GGN(*build(name)), reference_ggn(*build(name))
     assert relative(G.dense(), D) < 1e-10
-    recursion = factor.Factor(factor.parts(G.chain, gauss_newton=True), damping, G.__matmul__)
+    recursion = factor.Factor(parts.parts(G.chain, gauss_newton=True), damping, G.__matmul__)
     check(recursion, D, damping)
     if damping > 0:
         check(Dual(G.chain, damping), D, damping)
@@ -248,7 +248,7 @@ def test_right_hand_sides_are_checked(kind):
 def test_each_damping_costs_only_a_factorization(monkeypatch):
     H = Hessian(*build("residual blocks"))
     H.factor(1.0)
-    monkeypatch.setattr("hinv.factor.derivatives", lambda *_: pytest.fail("derivatives were computed again"))
+    monkeypatch.setattr("hinv.parts.derivatives", lambda *_: pytest.fail("derivatives were computed again"))
     H.factor(0.1)
 
 
@@ -272,8 +272,8 @@ def test_convolution_with_its_weights_shared(options, gauss_newton):
     x, y = torch.randn(5, 1, 7, 6).double(), torch.tensor([0, 1, 2, 0, 1])
     net(x)
     stage = Hessian(net, nn.CrossEntropyLoss(), x, y).chain.stages[2]
-    assert factor.kind(stage, True) is factor.Conv2d
-    shared, dense = factor.Conv2d(stage, gauss_newton, True), factor.Dense(stage, gauss_newton, True)
+    assert parts.kind(stage, True) is parts.Conv2d
+    shared, dense = parts.Conv2d(stage, gauss_newton, True), parts.Dense(stage, gauss_newton, True)
     assert shared.p == dense.p
     V = torch.randn(len(dense.J), len(dense.J), dtype=torch.float64)
     V = V + V.T
@@ -306,7 +306,7 @@ def test_other_convolutions_by_their_dense_blocks(options):
     x, y = torch.randn(3, 1, 7, 7).double(), torch.tensor([0, 1, 2])
     net(x)
     H = Hessian(net, nn.CrossEntropyLoss(), x, y)
-    assert factor.kind(H.chain.stages[2], True) is factor.Dense
+    assert parts.kind(H.chain.stages[2], True) is parts.Dense
     check(H.factor(0.1), H.dense(), 0.1)
 
 
@@ -412,7 +412,7 @@ def test_memory_is_refused_before_allocating(monkeypatch):
         tall_skinny((64, *[24] * 8, 10)), nn.CrossEntropyLoss(), torch.randn(32, 64).double(), torch.arange(32) % 10
     )
     monkeypatch.setattr(estimate, "available", lambda device: 10**6)
-    monkeypatch.setattr("hinv.factor.parts", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("hinv.hessian.parts", lambda *_: pytest.fail("allocated"))
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
