@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def agree(value: Tensor, reference: Tensor, tolerance: float, what: str) -> None
     if not error <= tolerance:
         raise AssertionError(f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}")
     print(f"ok: {what}, relative error below {tolerance:.0e}")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A markdown table."""
+    lines = [list(map(str, head)), ["---"] * len(head), *(list(map(str, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -92,7 +99,7 @@ class Claims:
 
     def check(self, statement: str, measured: float, relation: str, bound: float, equation: str = "") -> None:
         """Record `measured relation bound` ("<=", ">=" or "==") and print the outcome. A failure is raised by `write`, after all are recorded."""
-        passed = math.isfinite(measured) and RELATIONS[relation](measured, bound)
+        passed = bool(math.isfinite(measured) and RELATIONS[relation](measured, bound))
         self.record["claims"].append(
             {
                 "statement": statement,

@@ -14,7 +14,7 @@ from .blocks import BlockMatrix
 from .checks import output
 
 PALETTE = sns.color_palette("colorblind")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>"
 
 sns.set_theme(
     context="notebook",

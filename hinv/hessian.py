@@ -90,7 +90,8 @@ class Curvature:
         if not abs((u @ Hv - v @ Hu).item()) <= torch.finfo(self.dtype).eps ** 0.5 * scale:
             raise ValueError(
                 f"autograd's second derivative is not symmetric, so it is wrong for one of {', '.join(suspects)} (torch {torch.__version__}; "
-                "weight_norm is one such): write that module with elementary operations"
+                "weight_norm is one such): write that module with elementary operations. Or rounding errors are all there is of it, as where the "
+                f"outputs are saturated (the loss is {self.loss:.3g}): scale the weights down, or use float64"
             )
 
     @property

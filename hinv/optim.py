@@ -315,7 +315,7 @@ class Preconditioned(Descent):
         if state["held"] is not None:
             held, now = state["held"], self._position()
             vector_to_parameters(held["parameters"], self.parameters)
-            self._curvature = self.kind(self.model, self.loss, held["inputs"], held["targets"])
+            self._curvature = self.kind(self.model, self.loss, held["inputs"], held["targets"], check=False)
             self._keep(self._curvature)
             vector_to_parameters(now, self.parameters)
 

@@ -20,11 +20,12 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +131,43 @@ class Run:
     records: list[dict]
     validations: list[dict]
     model: nn.Sequential
+
+    @property
+    def diverged(self) -> bool:
+        return self.status.startswith(STOPPED)
+
+    def curve(self, metric: str = "loss", against: str = "step") -> tuple[list[float], list[float]]:
+        """(x, y): a metric of the steps ("loss", "ratio", ...) or of the validations ("probe_loss", "test_top1", ...) against "step" or "elapsed" seconds."""
+        lines = [line for line in (*self.records, *self.validations) if metric in line]
+        return [line[against] for line in lines], [line[metric] for line in lines]
+
+    def reached(self, level: float, metric: str = "loss") -> tuple[int, float] | None:
+        """(steps, seconds) when a metric was first seen at or below a level, or None. For "loss" that is before or after the last of these steps."""
+        of_steps = metric == "loss"
+        for line in self.records if of_steps else self.validations:
+            value = min(line["loss"], line.get("loss_after", math.inf)) if of_steps else line[metric]
+            if value <= level:
+                return line["step"] + of_steps, line["elapsed"]
+        return None
+
+
+STOPPED = "stopped at step"
+
+
+def sweep(configs: Mapping[Hashable, Config], metric: str = "loss") -> dict[Hashable, float]:
+    """The last value of a metric (see `Run.curve`) in a run of each configuration; NaN where the run diverged, as some of a grid will."""
+    out = {}
+    for name, config in configs.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f".*{STOPPED}", UserWarning)
+            result = run(config, progress=False)
+        out[name] = math.nan if result.diverged else result.curve(metric)[1][-1]
+    return out
+
+
+def best(values: Mapping[Hashable, float]) -> Hashable:
+    """The name of the smallest number that is not NaN (the first one if all are)."""
+    return min(values, key=lambda name: (math.isnan(values[name]), values[name]))
 
 
 def run(config: Config, folder: Path | None = None, writer=None, progress: bool = True) -> Run:
@@ -360,9 +398,7 @@ class _Session:
                 except NotFiniteError as error:
                     if self.good is None:
                         raise
-                    self.status = (
-                        f"stopped at step {self.step}: {error}; the weights are those before step {self.step - 1}"
-                    )
+                    self.status = f"{STOPPED} {self.step}: {error}; the weights are those before step {self.step - 1}"
                     with torch.no_grad():
                         for p, kept in zip(self.model.parameters(), self.good, strict=True):
                             p.copy_(kept)
@@ -467,33 +503,39 @@ class _Session:
         """The newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
 
-    def _resume(self) -> int:
-        """Take up the newest checkpoint that is whole; returns the length of metrics.jsonl then."""
+    def _newest(self) -> dict | None:
+        """The newest checkpoint that is whole."""
         for path in self._checkpoints():
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
-                warnings.warn(
-                    f"checkpoint {path} is damaged (its digest differs): using the one before it",
-                    UserWarning,
-                    stacklevel=4,
-                )
-                continue
-            self._take_up(torch.load(io.BytesIO(content), weights_only=True, map_location=self.config.device))
-            return self._offset
-        return 0
+            if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
+                return torch.load(io.BytesIO(content), weights_only=True, map_location=self.config.device)
+            warnings.warn(
+                f"checkpoint {path} is damaged (its digest differs): using the one before it", UserWarning, stacklevel=5
+            )
+        return None
 
-    def _take_up(self, state: dict) -> None:
-        self.step, self.seconds, self._offset = state["step"], state["seconds"], state["offset"]
+    def _resume(self) -> int:
+        """Take up the newest checkpoint; returns the length of metrics.jsonl then."""
+        state = self._newest()
+        if state is None:
+            return 0
+        self.step, self.seconds = state["step"], state["seconds"]
         self.status, self.good = state["status"], state["good"]
         self.model.load_state_dict(state["model"])
         self.descent.load_state_dict(state["descent"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"].cpu())
+        return state["offset"]
 
     def read(self) -> Run:
         done = json.loads((self.folder / "done.json").read_text())
-        self._resume()
+        state = self._newest()
+        if state is None:
+            raise ValueError(
+                f"{self.folder} is done, but none of its checkpoints is whole: remove it, and the run is made again"
+            )
+        self.model.load_state_dict(state["model"])
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         kinds = {
             kind: [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == kind]

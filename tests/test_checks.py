@@ -81,3 +81,7 @@ def test_writes_are_atomic(output, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checks.write_atomically(path, json.dumps({}))
     assert path.read_text() == "old" and [p.name for p in output.iterdir()] == ["file.json"]
+
+
+def test_table():
+    assert checks.table(["a", "b"], [[1, "x"], (2.5, None)]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2.5 | None |"

@@ -1,11 +1,13 @@
 """Runs that are killed, damaged, starved and misused; small networks on the digits."""
 
 import json
+import math
 import resource
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from itertools import islice
 
 import pytest
@@ -81,6 +83,7 @@ def test_a_run_that_is_done_is_read_and_not_repeated(tmp_path, monkeypatch):
     first = run(config(), progress=False)
     assert first.folder.parent == tmp_path / "results" / "runs"
     monkeypatch.setattr(optim.Preconditioned, "step", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(optim.Preconditioned, "_keep", lambda *a: pytest.fail("factored again"))
     same(first, run(config(), progress=False))
     for other in (config(seed=1), config(images=150), config(options={"every": 2, "damping": 1.0})):
         assert training._key(other, training._images(other)) != first.folder.name
@@ -97,6 +100,33 @@ def test_budgets_and_target(tmp_path):
     assert reached.status == "target reached" and len(reached.records) < 100
     assert min(reached.records[-1]["loss"], reached.records[-1]["loss_after"]) < 1.5
     same(reached, run(config(steps=100, target=1.5), tmp_path / "target", progress=False))
+
+
+def test_what_a_run_tells(tmp_path):
+    result = run(config("GaussNewton"), tmp_path / "run", progress=False)
+    assert result.curve() == ([r["step"] for r in result.records], [r["loss"] for r in result.records])
+    x, y = result.curve("test_top1", "elapsed")
+    assert x == [v["elapsed"] for v in result.validations] and y[-1] == result.validations[-1]["test_top1"]
+    middle = result.validations[2]
+    assert result.reached(middle["probe_loss"], "probe_loss")[0] <= middle["step"]
+    assert result.reached(0.0) is None and result.reached(math.inf) == (1, result.records[0]["elapsed"])
+    after = result.records[3].get("loss_after", result.records[3]["loss"])
+    steps, seconds = result.reached(after)
+    assert steps <= 4 and seconds == result.records[steps - 1]["elapsed"]
+
+
+def test_a_sweep_keeps_the_last_value_and_nan_for_what_diverged(tmp_path, monkeypatch):
+    monkeypatch.setenv("HINV_OUTPUT", str(tmp_path))
+    relu = {"activation": "ReLU", "schedule": None, "schedule_options": {}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = training.sweep(
+            {r: config("SGD", rate=r, momentum=0.0, **relu) for r in (1e200, 0.1, 1e-6)}, "probe_loss"
+        )
+    assert math.isnan(found[1e200]) and found[0.1] < found[1e-6] and training.best(found) == 0.1
+    again = run(config("SGD", rate=0.1, momentum=0.0, **relu), progress=False)
+    assert found[0.1] == again.validations[-1]["probe_loss"] and not again.diverged
+    assert training.best({"a": math.nan}) == "a"
 
 
 def test_nothing_of_the_caller_changes(tmp_path, capsys):
@@ -188,6 +218,17 @@ def test_damaged_checkpoints_are_named_and_passed_over(damaged, tmp_path):
     ):
         again = run(c, tmp_path / "run", progress=False)
     same(whole, again)
+
+
+def test_a_run_that_is_done_and_lost_its_checkpoints_says_so(tmp_path):
+    run(config(), tmp_path / "run", progress=False)
+    for path in (tmp_path / "run").glob("step-*.pt"):
+        path.write_bytes(b"torn")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match="none of its checkpoints is whole"),
+    ):
+        run(config(), tmp_path / "run", progress=False)
 
 
 def test_checkpoints_hold_only_what_weights_only_loads(tmp_path):
