@@ -107,8 +107,9 @@ def semidefinite(values: Tensor) -> bool:
 def root(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """R: (B, C, r) with V_n = R_n R_n^T, for a loss that is convex in the outputs.
 
-    Softmax: V_n = W (I - a a^T) W with W = sqrt(diag(w)) and the unit vector a = u / sqrt(w). The reflection that takes a to the last axis has an
-    orthonormal basis of the rest in its other columns, so W times these C - 1 columns is R, without cancellation however certain the outputs are.
+    Softmax: V_n = W (I - a a^T) W with W = sqrt(diag(w)) and the unit vector a = u / sqrt(w). The reflection that takes a to the axis of its largest
+    entry has an orthonormal basis of the rest in its other columns, so W times these C - 1 columns is R, without cancellation however certain the
+    outputs are.
 
     Raises:
         ValueError: the loss is not convex in the outputs here.
@@ -126,11 +127,14 @@ def root(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     scale = w.sqrt()
     if u is None:
         return scale.diag_embed()
-    v = torch.where(w > 0, u / scale, 0.0)
-    v[:, -1] += 1.0
+    a = torch.where(w > 0, u / scale, 0.0)
+    top = a.argmax(1, keepdim=True)
+    v = a.scatter_add(1, top, torch.ones_like(a[:, :1]))
     v = v / v.norm(dim=1, keepdim=True)
     reflection = torch.eye(v.shape[1]).to(v) - 2.0 * v.unsqueeze(2) * v.unsqueeze(1)
-    return scale.unsqueeze(2) * reflection[:, :, :-1]
+    others = torch.arange(v.shape[1] - 1, device=v.device)
+    others = others + (others >= top)  # (B, C - 1)
+    return scale.unsqueeze(2) * reflection.gather(2, others.unsqueeze(1).expand(-1, v.shape[1], -1))
 
 
 NOT_CONVEX = "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"

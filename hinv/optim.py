@@ -361,7 +361,7 @@ class TrustRegionNewton(Preconditioned):
             the boundary.
         rtol: of |s| = radius.
 
-    Cost: usually one to three factorizations of H a step.
+    Cost: usually one to three factorizations of H a step, and some dozens of products with it for a lower bound of lambda.
     """
 
     kind = Hessian
@@ -369,16 +369,13 @@ class TrustRegionNewton(Preconditioned):
     def __init__(self, model, loss, optimizer=None, clip=None, radius=0.3, rtol=0.1, every=1, accept=True, sample=None):
         if not radius > 0:
             raise ValueError(f"radius must be a positive number, not {radius}")
-        if not 0 < rtol < 1:
-            raise ValueError(f"rtol must lie between 0 and 1, not {rtol}")
         super().__init__(
             model, loss, optimizer, clip, damping=1.0, adapt=1.0, every=every, accept=accept, sample=sample
         )
-        self.radius, self.rtol, self.damping = (
-            float(radius),
-            rtol,
-            None,
-        )  # the first lambda comes from the first gradient
+        least = torch.finfo(self.parameters[0].dtype).eps ** 0.5
+        if not least <= rtol < 1:
+            raise ValueError(f"rtol must lie between {least:.1g}, what rounding leaves of |s|, and 1, not {rtol}")
+        self.radius, self.rtol, self.damping = float(radius), rtol, None
         self._lowest: Tensor | None = None  # an eigenvector, and how far lambda was above minus its eigenvalue
         self._excess: float | None = None
 

@@ -1,6 +1,7 @@
 """The stagewise factorization, the Gauss-Newton matrix, its dual, and the sparse peer, against dense references."""
 
 import gc
+import math
 import os
 import resource
 import subprocess
@@ -186,6 +187,9 @@ def test_loss_as_diagonal_minus_rank_one():
         w, u = heads.diagonal_minus_rank_one(loss, out, y)
         V = torch.diag_embed(w) - (0 if u is None else u[:, :, None] * u[:, None, :])
         torch.testing.assert_close(V, heads.curvature(loss, out, y), msg=lambda m, loss=loss: f"{loss}: {m}")
+        R = heads.root(loss, out, y)
+        torch.testing.assert_close(R @ R.mT, V, msg=lambda m, loss=loss: f"root of {loss}: {m}")
+        assert R.shape[2] == (4 if u is None else 3)
     assert heads.diagonal_minus_rank_one(nn.L1Loss(), out, out) is None
     assert heads.diagonal_minus_rank_one(nn.MSELoss(), out[None], out[None]) is None
 
@@ -560,6 +564,24 @@ def test_ignored_labels_beyond_the_classes():
     H = Hessian(tall_skinny((4, 5, 3)), nn.CrossEntropyLoss(ignore_index=255), x, y)
     values = torch.linalg.eigvalsh(H.dense())
     assert H.count_below(0.01) == int((values < 0.01).sum())
+
+
+@pytest.mark.parametrize("t", [-700.0, -40.0, -3.0, 0.0, 3.0, 40.0, 700.0])
+def test_the_root_of_two_classes_is_exact_however_certain_they_are(t):
+    """V = p (1 - p) [[1, -1], [-1, 1]] / B, p the logistic function of the difference; p (1 - p) is 1 / (4 cosh(t / 2)^2)."""
+    R = heads.root(nn.CrossEntropyLoss(), torch.tensor([[t, 0.0]]).double(), torch.tensor([0]))
+    expected = 0.25 / math.cosh(t / 2) ** 2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double()
+    torch.testing.assert_close((R @ R.mT)[0], expected, rtol=1e-7, atol=0)
+
+
+def test_the_root_of_a_loss_that_is_not_convex_is_refused():
+    out, y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double(), torch.ones(3, 2).double()
+    for loss in (
+        nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, -1.0]).double()),
+        lambda o, t: (o.square() - t).square().mean() - o.square().sum(),
+    ):
+        with pytest.raises(ValueError, match="not convex in the outputs here"):
+            heads.root(loss, out, y)
 
 
 def test_the_dual_of_outputs_that_are_all_but_certain():

@@ -136,6 +136,19 @@ def test_nothing_of_the_caller_changes(tmp_path, capsys):
     assert "GaussNewton on digits: 682 parameters, batch 16: method 'dual', about" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("GaussNewton", {"sample": 4}, "batch 4: method 'dual', about"),
+        ("TrustRegionNewton", {"sample": 5}, "batch 5: method 'factor', about"),
+        ("SaddleFreeNewton", {"pairs": 10}, "batch 16: Lanczos, about"),
+        ("SaddleFreeNewton", {"pairs": None}, "batch 16: method 'dense', about"),
+    ],
+)
+def test_what_a_step_needs_is_said_of_the_images_its_matrix_is_made_from(method, options, said, tmp_path):
+    assert said in run(config(method=method, options=options, steps=1), tmp_path / "run", progress=False).estimate
+
+
 def test_metrics_go_to_a_writer(tmp_path):
     seen = []
 
