@@ -13,8 +13,8 @@ With s the step really taken, the model predicts the decrease -(g.s + s.Cs / 2),
 that makes the loss of its own batch larger is taken back, and momentum starts anew.
 
 Minibatches: a gradient wants many images and costs little; a matrix is good enough from few, and stays good for many steps. `sample` makes it from the
-first images of the batch alone (Byrd et al., SIAM J. Optim. 21, 2011), `every` keeps a factorization for several steps. Both together turn an exact
-Gauss-Newton step into little more than a gradient step.
+first images of the batch alone (Byrd et al., SIAM J. Optim. 21, 2011), `every` keeps a factorization for several steps. Both together bring an exact
+Gauss-Newton step to less than two gradient steps.
 """
 
 import math
@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -252,7 +252,7 @@ class Preconditioned(Descent):
             found = self._direct(C, g) if fresh else self._again(g)
             if not found.d.isfinite().all():
                 raise SingularShiftError("the direction is not finite")
-        except (SingularShiftError, ArpackNoConvergence) as error:
+        except (SingularShiftError, ArpackError) as error:
             self._age = -1  # nothing to use again
             curvature = (g @ (C @ g) + (self._used or 0.0) * (g @ g)).abs().item()
             found = Direction(
@@ -493,7 +493,7 @@ def _lowest_pair(H: Curvature, guess: Tensor | None) -> tuple[Tensor | None, flo
         guess = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         _, vectors = eigsh(H.to_scipy(), 1, which="SA", tol=0.01, v0=guess.cpu().double().numpy())
-    except ArpackNoConvergence:
+    except ArpackError:  # no convergence, or H is zero
         return None, -math.inf
     z = torch.as_tensor(vectors[:, 0]).to(H.gradient)
     z = z / z.norm()

@@ -329,6 +329,17 @@ def test_saddle_free_by_lanczos():
     torch.testing.assert_close(before - position(model), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [optim.TrustRegionNewton, optim.SaddleFreeNewton])
+def test_a_loss_without_curvature_is_descended_all_the_same(cls):
+    """H = 0, where Lanczos has nothing to start from."""
+    model, x, y = problem((3, 2), 5)
+    options = {"pairs": 3} if cls is optim.SaddleFreeNewton else {}
+    descent = cls(model, lambda outputs, targets: outputs.mean(), **options)
+    first, second = descent.step(x, y), descent.step(x, y)
+    assert second.loss < first.loss and first.accepted
+    assert ("gradient step: ARPACK" in first.note) == (cls is optim.SaddleFreeNewton)
+
+
 # -- state -------------------------------------------------------------------------------------------------------------
 
 MAKERS = {
