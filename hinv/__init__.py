@@ -1,13 +1,13 @@
 """hinv: exact curvature of deep, narrow networks in time linear in depth."""
 
-from . import checks, data, optim, paper, spectrum, training
-from .blocks import BlockMatrix
-from .estimate import Estimate
-from .factor import SingularShiftError
-from .hessian import GGN, AccuracyWarning, Hessian, SolveReport
-from .monitor import CurvatureMonitor
-from .networks import tall_skinny
-from .spectrum import CertificateWarning, Eigenpairs
+from hinv import checks, data, optim, paper, spectrum, training
+from hinv.blocks import BlockMatrix
+from hinv.estimate import Estimate
+from hinv.factor import SingularShiftError
+from hinv.hessian import GGN, AccuracyWarning, Hessian, SolveReport
+from hinv.monitor import CurvatureMonitor
+from hinv.network.build import tall_skinny
+from hinv.spectrum import CertificateWarning, Eigenpairs
 
 __all__ = [
     "GGN",

@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
-from .factor import SingularShiftError
+from hinv.factor import SingularShiftError
 
 
 def dense(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import sparse
-from .checks import commit, output, write_atomically
-from .data import load
-from .factor import Factor
-from .hessian import GGN, Hessian
-from .networks import tall_skinny
-from .optim import GaussNewton
+from hinv import sparse
+from hinv.checks import commit, output, write_atomically
+from hinv.data import load
+from hinv.factor import Factor
+from hinv.hessian import GGN, Hessian
+from hinv.network.build import tall_skinny
+from hinv.optim import GaussNewton
 
 # The six networks of the comparison with SuperLU, as (sizes, batch), and the two of the libraries' comparison
 SIX = {

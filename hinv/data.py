@@ -27,7 +27,7 @@ from torchvision.datasets.utils import check_md5
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
-from .checks import ROOT
+from hinv.checks import ROOT
 
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
 

@@ -14,10 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import heads
-from .chain import Chain
-from .factor import SingularShiftError, check_right_hand_side
-from .stages import derivatives
+from hinv.factor import SingularShiftError, check_right_hand_side
+from hinv.network import losses
+from hinv.network.chain import Chain
+from hinv.network.stages import derivatives
 
 # rows of D^T D formed at a time: all of them in one product waste half of it, few of them waste calls
 STRIPE = 768
@@ -30,7 +30,7 @@ class Dual:
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
         self.damping, batch = damping, len(chain.inputs)
-        delta = heads.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
+        delta = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
         self.batch, self.rank = batch, delta.shape[2]
         size, live = batch * self.rank, chain.live
         gram = delta.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import heads
-from .chain import Chain
-from .parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
-from .symmetric import SMALL, STRIPES, WIDE
+from hinv.network import losses
+from hinv.network.chain import Chain
+from hinv.parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
+from hinv.symmetric import SMALL, STRIPES, WIDE
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     item = dtype.itemsize
     live, batch = chain.live, len(chain.inputs)
     P = sum(p.numel() for p in chain.parameters)
-    known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
+    known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
     flops, kept, peak, dual = 0.0, 0, 0, 0.0
     classes = chain.outputs[0].numel()
     for number in reversed(range(len(live))):

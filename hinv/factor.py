@@ -20,8 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .parts import HeadPivot
-from .symmetric import SingularPivotError
+from hinv.parts import HeadPivot
+from hinv.symmetric import SingularPivotError
 
 
 class SingularShiftError(torch.linalg.LinAlgError):

@@ -12,13 +12,14 @@ from scipy.sparse.linalg import LinearOperator, gmres
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from . import baselines, heads, paper, sparse, spectrum
-from .chain import Chain
-from .dual import Dual
-from .estimate import Estimate, estimate, require
-from .factor import AccuracyWarning, Factor, SingularShiftError
-from .parts import parts
-from .stages import check as check_stage
+from hinv import baselines, paper, sparse, spectrum
+from hinv.dual import Dual
+from hinv.estimate import Estimate, estimate, require
+from hinv.factor import AccuracyWarning, Factor, SingularShiftError
+from hinv.network import losses
+from hinv.network.chain import Chain
+from hinv.network.stages import check as check_stage
+from hinv.parts import parts
 
 REFINEMENTS = 3
 KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
@@ -42,7 +43,7 @@ class Curvature:
 
     gauss_newton = False
 
-    def __init__(self, model: nn.Sequential, loss: heads.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
+    def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         self.chain = Chain(model, loss, inputs, targets, check)
         self.last_solve: SolveReport | None = None
         self._structures: dict[torch.dtype, tuple] = {}
@@ -51,7 +52,7 @@ class Curvature:
         parameters = self.chain.parameters
         with torch.enable_grad():
             self._outputs = self.chain.model(self.chain.inputs.clone())
-            scalar = heads.value(loss, self._outputs, self.chain.targets)
+            scalar = losses.value(loss, self._outputs, self.chain.targets)
             # H keeps the gradient's graph: each product with it is one backward pass through that (Pearlmutter); G needs the outputs' alone
             twice = not self.gauss_newton
             self._gradient = torch.autograd.grad(
@@ -60,7 +61,7 @@ class Curvature:
         self.loss = scalar.item()
         self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
         if not self.gradient.isfinite().all():
-            raise heads.NotFiniteError(
+            raise losses.NotFiniteError(
                 "the gradient contains NaN or infinite values: check the scale of inputs and weights"
             )
         if check:
@@ -201,7 +202,7 @@ class Curvature:
 
     @cached_property
     def _convex(self) -> bool:
-        return heads.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
+        return losses.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
 
     def _structure(self, dtype: torch.dtype) -> tuple:
         if dtype not in self._structures:
@@ -504,7 +505,7 @@ class GGN(Curvature):
             JTu = torch.autograd.grad(
                 self._outputs, self.chain.parameters, u, create_graph=True, materialize_grads=True
             )
-        curvature = heads.products(self.chain.loss, self.chain.outputs, self.chain.targets)
+        curvature = losses.products(self.chain.loss, self.chain.outputs, self.chain.targets)
 
         def product(v: Tensor) -> Tensor:
             live = [(f, w) for f, w in zip(JTu, self._split(v), strict=True) if f.requires_grad]

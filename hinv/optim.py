@@ -26,10 +26,10 @@ from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from . import heads
-from .estimate import require
-from .factor import SingularShiftError
-from .hessian import GGN, Curvature, Hessian
+from hinv.estimate import require
+from hinv.factor import SingularShiftError
+from hinv.hessian import GGN, Curvature, Hessian
+from hinv.network import losses
 
 SUFFICIENT = 1e-4  # share of the predicted decrease below which a step is taken back
 
@@ -76,7 +76,7 @@ class Descent:
     """
 
     def __init__(
-        self, model: nn.Sequential, loss: heads.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
+        self, model: nn.Sequential, loss: losses.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
     ):
         self.model, self.loss = model, loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -92,11 +92,11 @@ class Descent:
 
     def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         with torch.enable_grad():
-            value = heads.value(self.loss, self.model(inputs), targets)
+            value = losses.value(self.loss, self.model(inputs), targets)
             gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
         g = parameters_to_vector(g.contiguous() for g in gradient)
         if not g.isfinite().all():
-            raise heads.NotFiniteError(
+            raise losses.NotFiniteError(
                 "the gradient contains NaN or infinite values: check the scale of inputs and weights"
             )
         return value.item(), g
@@ -133,7 +133,7 @@ class GradientDescent(Descent):
     def __init__(
         self,
         model: nn.Sequential,
-        loss: heads.Loss,
+        loss: losses.Loss,
         optimizer: torch.optim.Optimizer | None = None,
         clip: float | None = None,
     ):
@@ -143,7 +143,7 @@ class GradientDescent(Descent):
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = heads.value(self.loss, self.model(inputs), targets)
+            loss = losses.value(self.loss, self.model(inputs), targets)
             loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -170,7 +170,7 @@ class Preconditioned(Descent):
     def __init__(
         self,
         model: nn.Sequential,
-        loss: heads.Loss,
+        loss: losses.Loss,
         optimizer: torch.optim.Optimizer | None,
         clip: float | None,
         damping: float,

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from . import heads
-from .blocks import BlockMatrix, BlockTridiagonalLU, layer_major
-from .chain import Chain, Stage
-from .stages import Derivatives, derivatives, fuse
+from hinv.blocks import BlockMatrix, BlockTridiagonalLU, layer_major
+from hinv.network import losses
+from hinv.network.chain import Chain, Stage
+from hinv.network.stages import Derivatives, derivatives, fuse
 
 LITERAL_LIMIT = 2**31  # bytes of one layer's third-order tensor beyond which the uncontracted matrices are refused
 
@@ -80,7 +80,7 @@ def layers(chain: Chain) -> list[Layer]:
         J=chain.outputs.new_zeros(0),
         E=chain.outputs.new_zeros(0),
         A=chain.stages[-1].b.flatten(1).unsqueeze(1),  # (B, 1, C): the loss adds up the samples
-        G=heads.curvature(chain.loss, chain.outputs, chain.targets),
+        G=losses.curvature(chain.loss, chain.outputs, chain.targets),
     )
     out = []
     for number, group in enumerate(groups):

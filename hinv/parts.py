@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import heads
-from .chain import Chain, Stage
-from .stages import derivatives, elementwise
-from .symmetric import SMALL, SingularPivotError, Small, Symmetric, factored
+from hinv.network import losses
+from hinv.network.chain import Chain, Stage
+from hinv.network.stages import derivatives, elementwise
+from hinv.symmetric import SMALL, SingularPivotError, Small, Symmetric, factored
 
 CHUNK = 2**18  # numbers formed at once in a Head
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on flattened samples
@@ -517,13 +517,13 @@ class HeadPivot:
 def parts(chain: Chain, gauss_newton: bool = False) -> tuple[list[tuple[Stage, object]], Tensor | None]:
     """The structure of every stage from the first with parameters on, and V_L (None where a `Head` knows it). Computed once for all dampings."""
     live = [stage for stage in chain.live if not isinstance(stage.module, RESHAPES)]
-    known = heads.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
+    known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets)
     out: list[tuple[Stage, object]] = []
     for number, stage in enumerate(live):
         if stage.kind == "linear" and stage is live[-1] and known is not None:
             return [*out, (stage, Head(stage, gauss_newton, number > 0, *known))], None
         out.append((stage, kind(stage, number > 0)(stage, gauss_newton, number > 0)))
-    return out, torch.block_diag(*heads.curvature(chain.loss, chain.outputs, chain.targets))
+    return out, torch.block_diag(*losses.curvature(chain.loss, chain.outputs, chain.targets))
 
 
 def kind(stage: Stage, wrt_input: bool) -> type:

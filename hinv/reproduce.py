@@ -18,7 +18,7 @@ import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from .checks import ROOT, output, write_atomically
+from hinv.checks import ROOT, output, write_atomically
 
 NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 PROFILES = ("quick", "full")

@@ -19,9 +19,9 @@ import torch
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from . import heads
-from .chain import Chain, Stage
-from .stages import derivatives, elementwise
+from hinv.network import losses
+from hinv.network.chain import Chain, Stage
+from hinv.network.stages import derivatives, elementwise
 
 
 def _blocks(tensor: Tensor) -> sp.csr_array:
@@ -57,7 +57,7 @@ def _general(stage: Stage, wrt_input: bool, gauss_newton: bool):
 
 def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple[sp.csc_array, list[slice]]:
     """K as a sparse matrix, and where each stage's parameters are among the unknowns."""
-    head = _blocks(heads.curvature(chain.loss, chain.outputs, chain.targets))
+    head = _blocks(losses.curvature(chain.loss, chain.outputs, chain.targets))
     entries, places, size = [], [], 0
     T = C = before = (
         None  # input map and curvature between the last outputs y' and this stage; where y' and lambda' start

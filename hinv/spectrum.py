@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from . import heads
-from .chain import Stage
-from .factor import SingularShiftError
-from .stages import derivatives, elementwise
+from hinv.factor import SingularShiftError
+from hinv.network import losses
+from hinv.network.chain import Stage
+from hinv.network.stages import derivatives, elementwise
 
 ROUNDS = 6  # searches for eigenvalues that the count says are missing
 ACCURATE = 1e-7  # of the norm of H: the largest residual |H v - lambda v| of a certified pair
@@ -288,7 +288,7 @@ class Block:
 def blocks(H) -> Iterator[Block]:
     """The blocks of the stages with parameters, from the last to the first, one alive at a time."""
     chain, live = H.chain, H.chain.live
-    V = heads.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
+    V = losses.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
     for number, stage in reversed(list(enumerate(live))):
         if stage.kind == "elementwise":
             slope, bend = elementwise(stage)

@@ -35,10 +35,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from . import data, optim
-from .checks import output, write_atomically
-from .heads import NotFiniteError
-from .networks import tall_skinny
+from hinv import data, optim
+from hinv.checks import output, write_atomically
+from hinv.network.build import tall_skinny
+from hinv.network.losses import NotFiniteError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hinv.networks import tall_skinny
+from hinv import tall_skinny
 
 torch.set_num_threads(1)  # pytest runs one process a core
 

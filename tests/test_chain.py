@@ -6,7 +6,7 @@ from conftest import build, reference_hessian, relative
 from torch import nn
 
 from hinv import Hessian
-from hinv.chain import Chain
+from hinv.network.chain import Chain
 
 X = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 0, 1])

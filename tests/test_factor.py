@@ -18,9 +18,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hinv
-from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, estimate, factor, heads, hessian, parts, sparse
+from hinv import (
+    GGN,
+    AccuracyWarning,
+    Hessian,
+    SingularShiftError,
+    estimate,
+    factor,
+    hessian,
+    parts,
+    sparse,
+    tall_skinny,
+)
 from hinv.dual import Dual
-from hinv.networks import tall_skinny
+from hinv.network import losses
 from hinv.symmetric import Cholesky, Small
 
 DAMPINGS = (1.0, 0.1, 0.01, -0.05, -0.3)
@@ -184,14 +195,14 @@ def test_loss_as_diagonal_minus_rank_one():
                 cases += [(nn.CrossEntropyLoss(weight=w, label_smoothing=s, reduction=r, ignore_index=2), labels)]
     cases += [(nn.CrossEntropyLoss(), torch.tensor([0, 1, -100, 3, -100, 2]))]
     for loss, y in cases:
-        w, u = heads.diagonal_minus_rank_one(loss, out, y)
+        w, u = losses.diagonal_minus_rank_one(loss, out, y)
         V = torch.diag_embed(w) - (0 if u is None else u[:, :, None] * u[:, None, :])
-        torch.testing.assert_close(V, heads.curvature(loss, out, y), msg=lambda m, loss=loss: f"{loss}: {m}")
-        R = heads.root(loss, out, y)
+        torch.testing.assert_close(V, losses.curvature(loss, out, y), msg=lambda m, loss=loss: f"{loss}: {m}")
+        R = losses.root(loss, out, y)
         torch.testing.assert_close(R @ R.mT, V, msg=lambda m, loss=loss: f"root of {loss}: {m}")
         assert R.shape[2] == (4 if u is None else 3)
-    assert heads.diagonal_minus_rank_one(nn.L1Loss(), out, out) is None
-    assert heads.diagonal_minus_rank_one(nn.MSELoss(), out[None], out[None]) is None
+    assert losses.diagonal_minus_rank_one(nn.L1Loss(), out, out) is None
+    assert losses.diagonal_minus_rank_one(nn.MSELoss(), out[None], out[None]) is None
 
 
 PEAK = """
@@ -569,7 +580,7 @@ def test_ignored_labels_beyond_the_classes():
 @pytest.mark.parametrize("t", [-700.0, -40.0, -3.0, 0.0, 3.0, 40.0, 700.0])
 def test_the_root_of_two_classes_is_exact_however_certain_they_are(t):
     """V = p (1 - p) [[1, -1], [-1, 1]] / B, p the logistic function of the difference; p (1 - p) is 1 / (4 cosh(t / 2)^2)."""
-    R = heads.root(nn.CrossEntropyLoss(), torch.tensor([[t, 0.0]]).double(), torch.tensor([0]))
+    R = losses.root(nn.CrossEntropyLoss(), torch.tensor([[t, 0.0]]).double(), torch.tensor([0]))
     expected = 0.25 / math.cosh(t / 2) ** 2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double()
     torch.testing.assert_close((R @ R.mT)[0], expected, rtol=1e-7, atol=0)
 
@@ -581,7 +592,7 @@ def test_the_root_of_a_loss_that_is_not_convex_is_refused():
         lambda o, t: (o.square() - t).square().mean() - o.square().sum(),
     ):
         with pytest.raises(ValueError, match="not convex in the outputs here"):
-            heads.root(loss, out, y)
+            losses.root(loss, out, y)
 
 
 def test_the_dual_of_outputs_that_are_all_but_certain():

@@ -10,8 +10,7 @@ import torch
 from conftest import NAMES, build, reference_hessian, reference_loss, relative
 from torch import nn
 
-from hinv import AccuracyWarning, Hessian
-from hinv.networks import tall_skinny
+from hinv import AccuracyWarning, Hessian, tall_skinny
 
 METHODS = ("factor", "sparse", "tridiagonal", "woodbury", "dense")
 

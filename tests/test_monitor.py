@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hinv import CurvatureMonitor, Hessian, spectrum
+from hinv import CurvatureMonitor, Hessian, spectrum, tall_skinny
 from hinv.monitor import BACKENDS
-from hinv.networks import tall_skinny
 
 ALL = ("lambda_max", "lambda_min", "trace", "negative", "logdet")
 

@@ -11,9 +11,8 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from hinv import GGN, Hessian, SingularShiftError, optim
-from hinv.heads import NotFiniteError
-from hinv.networks import tall_skinny
+from hinv import GGN, Hessian, SingularShiftError, optim, tall_skinny
+from hinv.network.losses import NotFiniteError
 
 LOSS = nn.CrossEntropyLoss()
 

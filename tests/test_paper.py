@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hinv import Hessian, paper
-from hinv.networks import tall_skinny
+from hinv import Hessian, paper, tall_skinny
 
 SMALL = ["tanh, cross-entropy", "sigmoid, MSE", "layernorm", "residual blocks", "one layer", "frozen layers", "relu"]
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hinv import peers
-from hinv.networks import tall_skinny
+from hinv import peers, tall_skinny
 
 
 @pytest.fixture(scope="module")

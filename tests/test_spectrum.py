@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hinv
-from hinv import GGN, CertificateWarning, Hessian, SingularShiftError, spectrum
-from hinv.networks import tall_skinny
+from hinv import GGN, CertificateWarning, Hessian, SingularShiftError, spectrum, tall_skinny
 
 
 def network(sizes=(8, *[6] * 5, 4), batch=12, kind=Hessian, gain=1.0, bias=True, seed=0):

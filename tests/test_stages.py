@@ -7,9 +7,9 @@ import torch
 from conftest import ElementaryLayerNorm, build, relative
 from torch import nn
 
-from hinv import heads
-from hinv.chain import Chain
-from hinv.stages import _check_against_autograd, derivatives, fuse
+from hinv.network import losses
+from hinv.network.chain import Chain
+from hinv.network.stages import _check_against_autograd, derivatives, fuse
 
 CASES = [
     "tanh, cross-entropy",
@@ -122,14 +122,14 @@ def test_loss_curvature_closed_forms():
         (lambda o, t: (o * t).sum(), out, torch.zeros(B, C, C).double()),
     ]
     for loss, targets, expected in cases:
-        torch.testing.assert_close(heads.curvature(loss, out, targets), expected)
+        torch.testing.assert_close(losses.curvature(loss, out, targets), expected)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
-    weighted = heads.curvature(nn.CrossEntropyLoss(weight=weight), out, y)
+    weighted = losses.curvature(nn.CrossEntropyLoss(weight=weight), out, y)
     torch.testing.assert_close(weighted, softmax * (weight[y] / weight[y].sum())[:, None, None])
-    ignoring = heads.curvature(nn.CrossEntropyLoss(ignore_index=0), out, y)
+    ignoring = losses.curvature(nn.CrossEntropyLoss(ignore_index=0), out, y)
     torch.testing.assert_close(ignoring, softmax * ((y != 0) / (y != 0).sum())[:, None, None])
-    torch.testing.assert_close(heads.gradient(nn.CrossEntropyLoss(), out, y), (p - torch.eye(C)[y]) / B)
-    assert relative(heads.gradient(nn.MSELoss(), out, out * 0), 2 * out / (B * C)) < 1e-15
+    torch.testing.assert_close(losses.gradient(nn.CrossEntropyLoss(), out, y), (p - torch.eye(C)[y]) / B)
+    assert relative(losses.gradient(nn.MSELoss(), out, out * 0), 2 * out / (B * C)) < 1e-15
 
 
 def test_derivatives_that_autograd_denies_are_refused():
@@ -156,6 +156,6 @@ def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
         function = honest(*args, **kwargs)
         return lambda *x: torch.utils._pytree.tree_map(lambda t: 1.01 * t, function(*x))
 
-    monkeypatch.setattr(f"hinv.stages.{name}", scaled)
+    monkeypatch.setattr(f"hinv.network.stages.{name}", scaled)
     with pytest.raises(RuntimeError, match="disagree"):
         derivatives(stage)

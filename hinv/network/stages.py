@@ -16,10 +16,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn.utils import parameters_to_vector
 
-from .chain import Stage
+# An activation applied entry by entry, or a change of shape: with flattened samples its Jacobian is diagonal.
+ELEMENTWISE = (
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.ReLU, nn.LeakyReLU, nn.Softsign),
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout),
+)
+
+
+@dataclass
+class Stage:
+    """One module of the pipeline with its input z_{l-1}, its output z_l, the backward signal b_l and, if elementwise, its slope (B, a)."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]  # the trainable ones
+    inputs: Tensor
+    outputs: Tensor
+    b: Tensor | None = None
+    slope: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """How the derivatives are found: "linear", "elementwise", or "general" (torch.func)."""
+        if (
+            type(self.module) is nn.Linear
+            and self.inputs.ndim == 2
+            and len(self.parameters) == len(list(self.module.parameters()))
+        ):
+            return "linear"
+        return "elementwise" if type(self.module) in ELEMENTWISE else "general"
+
+    @property
+    def x(self) -> Tensor:
+        """(p_l,) the parameters, detached."""
+        if not self.parameters:
+            return self.inputs.new_zeros(0)
+        return parameters_to_vector(self.parameters.values()).detach()
+
+    def named(self, x: Tensor) -> dict[str, Tensor]:
+        """A flat parameter vector (p_l,) taken apart under the parameters' names, for functional_call."""
+        pieces = x.split([p.numel() for p in self.parameters.values()]) if self.parameters else []
+        return {name: v.view_as(p) for (name, p), v in zip(self.parameters.items(), pieces, strict=True)}
+
+    def per_sample(self, x: Tensor, z: Tensor) -> Tensor:
+        """f_l for one sample: parameters (p_l,) and an input without batch dimension -> flattened output (a_l,)."""
+        return functional_call(
+            self.module, self.named(x), (z.unsqueeze(0).clone(),)
+        ).flatten()  # cloned: it may work in place
+
+    def __str__(self) -> str:
+        return f"stage '{self.name}' ({self.module.__class__.__name__})"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""The network as the paper sees it: a pipeline z_l = f_l(z_{l-1}; x_l), walked forward once and backward once.
+
+A `Chain` is an `nn.Sequential` (nested ones flattened), a loss, and one batch, checked here once so that nothing behind
+this door needs to check again. It keeps its own copy of the model: training the original afterwards does not move it.
+
+    symbol   shape            meaning
+    x_l      (p_l,)           trainable parameters of stage l, flattened in the order of module.parameters()
+    z_l      (B, ...)         activations after stage l; z_0 is the batch
+    b_l      like z_l         d loss / d z_l, rows of all samples (the loss's 1/B is inside)
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .door import check_independent, check_model, check_tensors, flatten
+from .stages import Stage
+
+
+class Chain:
+    """A checked pipeline and loss on one batch.
+
+    Args:
+        model: nn.Sequential of modules of one tensor to one tensor that treat samples independently.
+        loss: callable (outputs, targets) -> scalar, a sum or a mean over samples.
+        inputs: (B, ...) floating point, dtype and device of the model.
+        targets: as the loss wants them.
+        check: False for a model and a loss that passed once; what costs nothing is checked all the same.
+
+    Raises:
+        TypeError, ValueError: anything the algorithms cannot take, by name and with the remedy.
+    """
+
+    def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
+        check_model(model)
+        check_tensors(model, inputs, targets)
+        try:
+            self.model, self.loss = copy.deepcopy(model), loss
+        except RuntimeError as error:
+            raise ValueError(f"the model cannot be copied ({error}); call detach() on the tensors it keeps") from error
+        self.inputs, self.targets = inputs.detach().clone(), targets.detach().clone()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.stages = self._forward(check)
+        losses.check_targets(loss, self.outputs, self.targets)
+        self.value = losses.value(loss, self.outputs, self.targets).detach()
+        if check:
+            losses.check_loss(loss, self.outputs, self.targets)
+        self._backward()
+
+    @property
+    def outputs(self) -> Tensor:
+        """(B, ...) what the loss sees."""
+        return self.stages[-1].outputs
+
+    @property
+    def live(self) -> list[Stage]:
+        """The stages from the first with parameters on; what comes before is a constant."""
+        return self.stages[next(i for i, stage in enumerate(self.stages) if stage.parameters) :]
+
+    def _forward(self, check: bool) -> list[Stage]:
+        stages, z = [], self.inputs
+        for name, module in flatten(self.model):
+            parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            try:
+                with torch.no_grad():
+                    out = module(z.clone())  # cloned for modules that work in place
+            except Exception as error:
+                raise ValueError(
+                    f"stage '{name}' ({module}) cannot take the {tuple(z.shape)} that reaches it; make it follow the "
+                    f"stage before. torch says: {error}"
+                ) from error
+            if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(z):
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise ValueError(
+                    f"stage '{name}' ({module}) maps a batch of {len(z)} to {got}: each stage must map one tensor to one "
+                    "tensor, batch dimension first and at least one dimension for the units"
+                )
+            if not out.isfinite().all():
+                raise losses.NotFiniteError(
+                    f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
+                )
+            stage = Stage(name, module, parameters, z, out)
+            if check and stage.kind == "general":
+                check_independent(stage)
+            stages.append(stage)
+            z = out
+        return stages
+
+    def _backward(self) -> None:
+        """b_L from the loss, then b_{l-1} = A_l^T b_l stage by stage (eq:backprop)."""
+        b = losses.gradient(self.loss, self.outputs, self.targets)
+        first = len(self.stages) - len(self.live)
+        for i in range(len(self.stages) - 1, -1, -1):
+            stage = self.stages[i]
+            stage.b = b
+            if i > first:  # what comes before the first parameters is a constant
+                with torch.enable_grad():
+                    z = stage.inputs.detach().requires_grad_()
+                    out = stage.module(z.clone())
+                if stage.kind == "elementwise":  # A_l is diagonal: all columns at once
+                    (slope,) = torch.autograd.grad(out.sum(), z)
+                    b, stage.slope = b.reshape(z.shape) * slope, slope.flatten(1)
+                else:
+                    (b,) = torch.autograd.grad(out, z, b, materialize_grads=True)
