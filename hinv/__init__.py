@@ -1,12 +1,12 @@
 """hinv: exact curvature of deep, narrow networks in time linear in depth."""
 
 from hinv import checks, data, optim, paper, spectrum, training
-from hinv.blocks import BlockMatrix
 from hinv.estimate import Estimate
 from hinv.factor import SingularShiftError
 from hinv.hessian import GGN, AccuracyWarning, Hessian, SolveReport
 from hinv.monitor import CurvatureMonitor
 from hinv.network.build import tall_skinny
+from hinv.paper import BlockMatrix
 from hinv.spectrum import CertificateWarning, Eigenpairs
 
 __all__ = [

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from hinv.blocks import BlockMatrix
 from hinv.checks import output
+from hinv.paper import BlockMatrix
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*<>"

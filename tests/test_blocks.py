@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hinv.blocks import BlockMatrix, BlockTridiagonalLU, layer_major
+from hinv.paper import BlockMatrix, BlockTridiagonalLU, layer_major
 
 sizes = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
