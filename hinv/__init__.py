@@ -1,13 +1,14 @@
 """hinv: exact curvature of deep, narrow networks in time linear in depth."""
 
 from hinv import checks, data, optim, paper, spectrum, training
-from hinv.estimate import Estimate
-from hinv.factor import SingularShiftError
-from hinv.hessian import GGN, AccuracyWarning, Hessian, SolveReport
+from hinv.curvature import GGN, Hessian
+from hinv.errors import AccuracyWarning, CertificateWarning, SingularShiftError
 from hinv.monitor import CurvatureMonitor
 from hinv.network.build import tall_skinny
 from hinv.paper import BlockMatrix
-from hinv.spectrum import CertificateWarning, Eigenpairs
+from hinv.solve import SolveReport
+from hinv.solver.estimate import Estimate
+from hinv.spectrum import Eigenpairs
 
 __all__ = [
     "GGN",

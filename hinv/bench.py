@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hinv import sparse
 from hinv.checks import commit, output, write_atomically
+from hinv.curvature import GGN, Hessian
 from hinv.data import load
-from hinv.factor import Factor
-from hinv.hessian import GGN, Hessian
 from hinv.network.build import tall_skinny
 from hinv.optim import GaussNewton
+from hinv.solver import sparse
+from hinv.solver.factor import Factor
 
 # The six networks of the comparison with SuperLU, as (sizes, batch), and the two of the libraries' comparison
 SIX = {
@@ -89,7 +89,7 @@ def residual(H: Hessian, F: Factor, damping: float, refinements: int = 2) -> flo
 
 def eliminated(H: Hessian, damping: float = 0.1) -> Factor:
     """A factorization by the stagewise elimination; its derivatives are computed once, so that timing it again times the elimination only."""
-    return Factor(H._structure(H.dtype), damping, H.__matmul__)
+    return Factor(H.structure(H.dtype), damping, H.__matmul__)
 
 
 def against_the_papers_algorithm() -> dict:
@@ -155,7 +155,7 @@ def depth(depths: tuple[int, ...] = (16, 64, 256, 1024, 4096), deepest: int = 10
     times, memory = [], []
     for layers in (*depths, deepest):
         H = deep(layers)
-        H._structure(H.dtype)
+        H.structure(H.dtype)
         memory.append(memory_of_depth(layers))
         times.append(seconds(lambda H=H: eliminated(H), 3))
     refined = residual(H, eliminated(H), 0.1)
@@ -187,7 +187,7 @@ def matmul_rate(n: int = 4096) -> float:
 def flop_rate_and_classes() -> tuple[dict, dict]:
     sizes, batch = (3072, *[64] * 19, 10), 32
     H = network(sizes, batch)
-    H._structure(H.dtype)
+    H.structure(H.dtype)
     time_10 = seconds(lambda: eliminated(H), 2)
     a, m, d = 64, 32, 64
     n, k, hidden = a * min(batch, d), batch * a, len(sizes) - 3
@@ -203,7 +203,7 @@ def flop_rate_and_classes() -> tuple[dict, dict]:
         "reached": rate >= machine / 2,
     }
     thousand = network((3072, *[64] * 19, 1000), batch)
-    thousand._structure(thousand.dtype)
+    thousand.structure(thousand.dtype)
     peak = peak_bytes(lambda: eliminated(thousand))
     time_1000 = seconds(lambda: eliminated(thousand), 2)
     predicted = thousand.estimate().bytes["factor"]
@@ -303,7 +303,7 @@ def million() -> dict:
 def dual() -> dict:
     """The Gauss-Newton matrix by the recursion and by its dual, same matrix."""
     G = network((256, *[24] * 7, 10), 64, GGN)
-    G._structure(G.dtype)
+    G.structure(G.dtype)
     recursion, direct = seconds(lambda: eliminated(G)), seconds(lambda: G.factor(0.1))
     return {"recursion": recursion, "dual": direct, "chosen": G.estimate().method}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hinv.hessian import Hessian
+from hinv.curvature import Hessian
 
 Measures = dict[str, Callable[[], dict]]  # name -> what measures it, as entries of the record
 

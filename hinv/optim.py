@@ -26,10 +26,10 @@ from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from hinv.estimate import require
-from hinv.factor import SingularShiftError
-from hinv.hessian import GGN, Curvature, Hessian
+from hinv.curvature import GGN, Curvature, Hessian
+from hinv.errors import NotFiniteError, SingularShiftError
 from hinv.network import losses
+from hinv.solver.estimate import require
 
 SUFFICIENT = 1e-4  # share of the predicted decrease below which a step is taken back
 
@@ -96,9 +96,7 @@ class Descent:
             gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
         g = parameters_to_vector(g.contiguous() for g in gradient)
         if not g.isfinite().all():
-            raise losses.NotFiniteError(
-                "the gradient contains NaN or infinite values: check the scale of inputs and weights"
-            )
+            raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
         return value.item(), g
 
     def _move(self, d: Tensor) -> None:

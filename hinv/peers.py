@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hinv.hessian import GGN, Hessian
+from hinv.curvature import GGN, Hessian
 
 DAMPING = 1e-2  # of the determinants, inertias and solves
 SIGMA = 2e-2  # where an interior eigenvalue is asked for

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from hinv.factor import SingularShiftError
+from hinv.errors import CertificateWarning, SingularShiftError
 from hinv.network import losses
 from hinv.network.chain import Stage
 from hinv.network.stages import derivatives, elementwise
@@ -28,18 +28,14 @@ ROUNDS = 6  # searches for eigenvalues that the count says are missing
 ACCURATE = 1e-7  # of the norm of H: the largest residual |H v - lambda v| of a certified pair
 
 
-class CertificateWarning(UserWarning):
-    """Eigenvalues are returned without the proof that none was skipped."""
-
-
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 
 def count_below(H, shift: float) -> int:
     shift = float(shift)
-    if shift not in H._counted:
-        H._counted[shift] = H.factor(-shift, dtype=torch.float64).inertia[1]
-    return H._counted[shift]
+    if shift not in H.counted:
+        H.counted[shift] = H.factor(-shift, dtype=torch.float64).inertia[1]
+    return H.counted[shift]
 
 
 def counts(H, edges: Sequence[float]) -> Tensor:

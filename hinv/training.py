@@ -37,8 +37,8 @@ from tqdm.auto import tqdm
 
 from hinv import data, optim
 from hinv.checks import output, write_atomically
+from hinv.errors import NotFiniteError
 from hinv.network.build import tall_skinny
-from hinv.network.losses import NotFiniteError
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,13 @@ from hinv import (
     AccuracyWarning,
     Hessian,
     SingularShiftError,
-    estimate,
-    factor,
-    hessian,
-    parts,
-    sparse,
+    solve,
     tall_skinny,
 )
-from hinv.dual import Dual
 from hinv.network import losses
-from hinv.symmetric import Cholesky, Small
+from hinv.solver import estimate, factor, matrix, parts, sparse
+from hinv.solver.dual import Dual
+from hinv.solver.symmetric import Cholesky, Small
 
 DAMPINGS = (1.0, 0.1, 0.01, -0.05, -0.3)
 
@@ -247,7 +244,7 @@ print(((H @ step + 0.1 * step - H.gradient).norm() / H.gradient.norm()).item())
 @pytest.mark.parametrize("kind", (Hessian, GGN))
 def test_right_hand_sides_are_checked(kind):
     H = kind(*build("one layer"))
-    for F in (H.factor(0.1), factor.Factor(H._structure(H.dtype), 0.1, H.__matmul__)):
+    for F in (H.factor(0.1), factor.Factor(H.structure(H.dtype), 0.1, H.__matmul__)):
         P = H.shape[0]
         with pytest.raises(ValueError, match=rf"shape \({P + 1},\); expected \({P},\) or \({P}, k\)"):
             F.solve(torch.ones(P + 1).double())
@@ -263,7 +260,9 @@ def test_right_hand_sides_are_checked(kind):
 def test_each_damping_costs_only_a_factorization(monkeypatch):
     H = Hessian(*build("residual blocks"))
     H.factor(1.0)
-    monkeypatch.setattr("hinv.parts.derivatives", lambda *_: pytest.fail("derivatives were computed again"))
+    monkeypatch.setattr(
+        "hinv.solver.parts.dense.derivatives", lambda *_: pytest.fail("derivatives were computed again")
+    )
     H.factor(0.1)
 
 
@@ -369,13 +368,13 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     exact = torch.linalg.inv(shifted(H.dense(), 0.1))
     u = torch.randn(len(exact), 2, generator=torch.Generator().manual_seed(0), dtype=exact.dtype)
     spoilt = exact + u @ u.T  # wrong in two directions: refinement diverges, GMRES needs a few steps
-    monkeypatch.setitem(hessian.METHODS, "factor", lambda *_: lambda b: spoilt @ b)
+    monkeypatch.setitem(solve.METHODS, "factor", lambda *_: lambda b: spoilt @ b)
     H.solve(H.gradient, damping=0.1)
     assert H.last_solve.method == "factor+gmres" and H.last_solve.residual < 1e-8
-    monkeypatch.setitem(hessian.METHODS, "factor", lambda *_: lambda b: 0 * b)
+    monkeypatch.setitem(solve.METHODS, "factor", lambda *_: lambda b: 0 * b)
     H.solve(H.gradient, damping=0.1)
     assert H.last_solve.method == "factor+sparse" and H.last_solve.residual < 1e-8
-    monkeypatch.setitem(hessian.METHODS, "sparse", lambda *_: lambda b: 0 * b)
+    monkeypatch.setitem(solve.METHODS, "sparse", lambda *_: lambda b: 0 * b)
     with pytest.warns(AccuracyWarning, match="relative residual 1.0e.00 .* not reached"):
         H.solve(H.gradient, damping=0.1)
 
@@ -384,7 +383,7 @@ def test_auto_falls_back_and_says_so(monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(H, "estimate", lambda: SimpleNamespace(method="factor"))
-    monkeypatch.setitem(hessian.METHODS, "factor", singular)
+    monkeypatch.setitem(solve.METHODS, "factor", singular)
     H.solve(H.gradient, damping=0.1)
     assert H.last_solve.method == "factor+sparse"
 
@@ -427,7 +426,7 @@ def test_memory_is_refused_before_allocating(monkeypatch):
         tall_skinny((64, *[24] * 8, 10)), nn.CrossEntropyLoss(), torch.randn(32, 64).double(), torch.arange(32) % 10
     )
     monkeypatch.setattr(estimate, "available", lambda device: 10**6)
-    monkeypatch.setattr("hinv.hessian.parts", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("hinv.solver.matrix.parts", lambda *_: pytest.fail("allocated"))
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
@@ -462,8 +461,8 @@ def test_float32_gauss_newton_in_float64():
     exact = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32).double(), nn.CrossEntropyLoss(), x.double(), y)
     reference = torch.linalg.solve(shifted(exact.dense(), 1e-3), exact.gradient)
     for F in (
-        Dual(hessian._converted(G.chain, torch.float64), 1e-3),
-        factor.Factor(G._structure(torch.float64), 1e-3, G.double().__matmul__),
+        Dual(matrix.converted(G.chain, torch.float64), 1e-3),
+        factor.Factor(G.structure(torch.float64), 1e-3, G.double().__matmul__),
     ):
         assert relative(F.solve(exact.gradient), reference) < 1e-9
         assert F.solve(G.gradient).dtype == torch.float32

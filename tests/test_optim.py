@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from hinv import GGN, Hessian, SingularShiftError, optim, tall_skinny
-from hinv.network.losses import NotFiniteError
+from hinv.errors import NotFiniteError
 
 LOSS = nn.CrossEntropyLoss()
 

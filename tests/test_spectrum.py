@@ -221,7 +221,7 @@ def test_no_memory_for_the_count_is_said(monkeypatch):
     H = network()
     expected = H.eigsh(2).values
     monkeypatch.setattr(H, "factor", lambda *a, **k: (_ for _ in ()).throw(MemoryError("needs 10 bytes")))
-    H._counted.clear()
+    H.counted.clear()
     with pytest.warns(CertificateWarning, match="not certified: needs 10 bytes"):
         found = H.eigsh(2)
     assert not found.certified

@@ -14,6 +14,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from hinv.errors import NotFiniteError
+
 from . import losses
 from .door import check_independent, check_model, check_tensors, flatten
 from .stages import Stage
@@ -78,7 +80,7 @@ class Chain:
                     "tensor, batch dimension first and at least one dimension for the units"
                 )
             if not out.isfinite().all():
-                raise losses.NotFiniteError(
+                raise NotFiniteError(
                     f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
                 )
             stage = Stage(name, module, parameters, z, out)

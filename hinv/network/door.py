@@ -7,7 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from . import losses
+from hinv.errors import NotFiniteError
+
 from .stages import Stage
 
 
@@ -85,7 +86,7 @@ def check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         if tensor.dtype != inputs.dtype:
             raise TypeError(f"'{name}' is {tensor.dtype}, the inputs {inputs.dtype}: convert one to the other")
         if isinstance(tensor, nn.Parameter) and not tensor.isfinite().all():  # a buffer may: attention masks hold -inf
-            raise losses.NotFiniteError(f"'{name}' contains NaN or infinite values")
+            raise NotFiniteError(f"'{name}' contains NaN or infinite values")
     if not inputs.isfinite().all():
         raise ValueError("inputs contain NaN or infinite values")
 

@@ -11,11 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hinv.errors import NotFiniteError
+
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class NotFiniteError(ValueError):
-    """Weights, activations, the loss or its gradient are NaN or infinite."""
 
 
 def check_targets(loss: Loss, outputs: Tensor, targets: Tensor) -> None:

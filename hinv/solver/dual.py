@@ -14,10 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from hinv.factor import SingularShiftError, check_right_hand_side
-from hinv.network import losses
-from hinv.network.chain import Chain
-from hinv.network.stages import derivatives
+from hinv.errors import SingularShiftError
+from hinv.network import Chain, derivatives, losses
+
+from .factor import check_right_hand_side
 
 # rows of D^T D formed at a time: all of them in one product waste half of it, few of them waste calls
 STRIPE = 768

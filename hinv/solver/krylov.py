@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg, minres
 from torch import Tensor
 
-from hinv.factor import SingularShiftError
+from hinv.errors import SingularShiftError
+
+from .products import Products
+from .refine import Apply
 
 
-def dense(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
+def dense(H: Products, damping: float, rtol: float) -> Apply:
     """LU of the dense P x P matrix: O(P^3) flops, P^2 numbers. The reference for everything else."""
     matrix = H.dense()
     matrix.diagonal().add_(damping)
@@ -30,11 +32,13 @@ def dense(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
     return solve
 
 
-def krylov(method: str) -> Callable:
+def krylov(method: str) -> Callable[[Products, float, float], Apply]:
     """SciPy's "cg" or "minres" as a baseline. One Hessian-vector product an iteration; the count depends on the spectrum."""
+    from scipy.sparse.linalg import LinearOperator, cg, minres
+
     iterate = {"cg": cg, "minres": minres}[method]
 
-    def prepare(H, damping: float, rtol: float) -> Callable[[Tensor], Tensor]:
+    def prepare(H: Products, damping: float, rtol: float) -> Apply:
         operator = H.to_scipy()
         curvature = []  # signs of v^T (H + damping I) v met on the way
 

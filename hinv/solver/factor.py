@@ -20,16 +20,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hinv.parts import HeadPivot
-from hinv.symmetric import SingularPivotError
+from hinv.errors import AccuracyWarning, SingularShiftError
 
-
-class SingularShiftError(torch.linalg.LinAlgError):
-    """H + damping I cannot be factored at this damping: a pivot is zero to working precision."""
-
-
-class AccuracyWarning(UserWarning):
-    """A result is less accurate than asked. The message says how far it got and what to try."""
+from .parts import HeadPivot, Structure
+from .symmetric import SingularPivotError
 
 
 def check_right_hand_side(b: Tensor, P: int) -> None:
@@ -47,7 +41,7 @@ class Factor:
     digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
     """
 
-    def __init__(self, structure: tuple, damping: float, product: Callable[[Tensor], Tensor]):
+    def __init__(self, structure: Structure, damping: float, product: Callable[[Tensor], Tensor]):
         """structure: of `parts`; product: v -> H v, independent of it."""
         stages, V = structure
         self.damping, self.product = damping, product

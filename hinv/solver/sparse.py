@@ -19,9 +19,8 @@ import torch
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from hinv.network import losses
-from hinv.network.chain import Chain, Stage
-from hinv.network.stages import derivatives, elementwise
+from hinv.network import Chain, Stage, derivatives, losses
+from hinv.network.stages import elementwise
 
 
 def _blocks(tensor: Tensor) -> sp.csr_array:

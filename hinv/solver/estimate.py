@@ -4,15 +4,17 @@ The bytes are those of the numbers alive at the peak. Measured with an allocator
 MALLOC_MMAP_THRESHOLD_=65536) the resident peak was 0.85 to 1.0 of it; glibc's default keeps holes, and the resident peak can be twice as high.
 """
 
+import functools
 import os
+import time
 from dataclasses import dataclass
 
 import torch
 
-from hinv.network import losses
-from hinv.network.chain import Chain
-from hinv.parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
-from hinv.symmetric import SMALL, STRIPES, WIDE
+from hinv.network import Chain, losses
+
+from .parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
+from .symmetric import SMALL, STRIPES, WIDE
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Estimate:
     method: str
     flops: dict[str, float]  # by method
     bytes: dict[str, int]  # peak, by method
+    overhead: dict[str, float]  # by method: what calls cost, in flops
 
     def __str__(self) -> str:
         flops, size = self.flops[self.method], self.bytes[self.method]
@@ -31,6 +34,23 @@ class Estimate:
             f"{self.parameters:,} parameters, batch {self.batch}: method '{self.method}', about {flops:.2g} flops and "
             f"{size / 2**20:,.0f} MiB at the peak"
         )
+
+    def seconds(self, method: str | None = None) -> float:
+        """Predicted on this machine, to a factor of about three, derivatives included; measures its matrix product once (some milliseconds)."""
+        method = method or self.method
+        return (self.flops[method] + self.overhead[method]) / _rate()
+
+
+@functools.cache
+def _rate() -> float:
+    """Flops per second of the float64 matrix product on this machine's CPU, at the size of a middling stage."""
+    A = torch.randn(512, 512, dtype=torch.float64)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        A @ A
+        times.append(time.perf_counter() - start)
+    return 2.0 * len(A) ** 3 / min(times)
 
 
 def eliminate(n: int, k: int) -> float:
@@ -106,7 +126,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     # in flops, what calls cost: a network's derivatives and sweeps stage by stage, the dense route once
     overhead = {"factor": 1e7 * (2 + len(live)), "dual": 1e7 * len(live), "dense": 2e7}
     method = min(cost, key=lambda name: cost[name] + overhead[name])
-    return Estimate(P, batch, method, cost, size)
+    return Estimate(P, batch, method, cost, size, overhead)
 
 
 def available(device: torch.device) -> int:

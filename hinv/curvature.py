@@ -1,0 +1,208 @@
+"""The face: the Hessian and the Gauss-Newton matrix of one batch. Each method says what it gives and costs, and hands over to the room that does it."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hinv import paper, spectrum
+from hinv.errors import AccuracyWarning
+from hinv.network import Chain, losses
+from hinv.network.stages import check as check_stage
+from hinv.solve import SolveReport, solve
+from hinv.solver.matrix import Matrix, checked_damping
+
+
+class Curvature(Matrix):
+    """What Hessian and GGN share. `gauss_newton` says which of the two it is."""
+
+    gauss_newton = False
+    last_solve: SolveReport | None = None  # of the last call of `solve`
+
+    def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
+        super().__init__(Chain(model, loss, inputs, targets, check), self.gauss_newton)
+        if check:
+            for stage in self.chain.live:
+                check_stage(stage)
+            self.check_symmetry()
+
+    def __repr__(self) -> str:
+        what = f"{self.shape[0]} x {self.shape[1]}, {len(self.chain.stages)} stages, batch {len(self.chain.inputs)}, {self.dtype}"
+        return f"{type(self).__name__}({what})"
+
+    def _repr_html_(self) -> str:
+        """A small table, for notebooks; the seconds are those of this machine."""
+        prediction = self.estimate()
+        rows = {
+            type(self).__name__: f"{self.shape[0]:,} x {self.shape[1]:,}",
+            "stages": f"{len(self.chain.stages)}, {sum(bool(s.parameters) for s in self.chain.stages)} of them with parameters",
+            "batch": f"{len(self.chain.inputs):,}",
+            "arithmetic": f"{self.dtype} on {self.device}",
+            "loss": f"{self.loss:.6g}",
+            "method": prediction.method,
+            "memory": f"{prediction.bytes[prediction.method] / 2**20:,.1f} MiB",
+            "time": f"about {prediction.seconds():.2g} s a factorization",
+        }
+        return (
+            "<table>"
+            + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
+            + "</table>"
+        )
+
+    # -- spectrum (`hinv.spectrum`) ------------------------------------------------------------------------------------
+
+    def logdet(self, damping: float = 1e-2) -> tuple[float, float]:
+        """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`; AccuracyWarning where it has fewer than eight digits."""
+        return self.factor(damping, dtype=torch.float64).logdet
+
+    def count_below(self, shift: float) -> int:
+        """Exact number of eigenvalues below a shift (loss / parameter^2), by the inertia of H - shift I: one factorization, kept for later calls.
+
+        Raises:
+            SingularShiftError: the shift is an eigenvalue (or, at 0, the batch leaves weights without curvature); choose it a little beside.
+            MemoryError: see `factor`.
+        """
+        return spectrum.count_below(self, shift)
+
+    def counts(self, edges: Sequence[float]) -> Tensor:
+        """Exact histogram: how many eigenvalues lie in each of the intervals between n + 1 increasing edges, (n,) int64.
+
+        One factorization for each edge, with a progress bar when it takes long. After Ctrl-C the edges counted so far are kept.
+
+        Raises:
+            ValueError: edges that do not increase. SingularShiftError, MemoryError: see `count_below`.
+        """
+        return spectrum.counts(self, edges)
+
+    def eigval(self, i: int, rtol: float = 1e-8) -> float:
+        """The i-th eigenvalue in ascending order (negative i from the top), by bisection on exact counts: about 30 factorizations.
+
+        Args:
+            i: from -P to P - 1.
+            rtol: half-width of the final bracket relative to the eigenvalue, or 1e-12 of the norm of H; inside a cluster (the zeros of weights that
+                the batch does not excite) where no shift can be factored, 1e-8 of it.
+
+        Raises:
+            ValueError: i or rtol out of range. MemoryError: see `factor`.
+        """
+        return spectrum.eigval(self, i, rtol)
+
+    def eigsh(self, k: int = 6, which: str = "LA", sigma: float | None = None) -> spectrum.Eigenpairs:
+        """k eigenvalues with vectors and residuals, certified by exact counts: none skipped, none twice.
+
+        ARPACK on products, or with `sigma` on (H - sigma I)^-1 through the factorization. A count of the region around what was found tells how many
+        there are; what is missing is searched for in the orthogonal complement. Float64 arithmetic.
+
+        Args:
+            k: 1 to P - 1.
+            which: "LA" largest, "SA" smallest, "LM" largest in magnitude; not used with sigma.
+            sigma: the k eigenvalues nearest to this shift (loss / parameter^2).
+
+        Warns:
+            CertificateWarning: the count could not be made, eigenvalues are still missing, or residuals exceed 1e-7 |H|; the note says which.
+
+        Raises:
+            ValueError: k or which out of range. SingularShiftError: sigma is an eigenvalue. ArithmeticError: ARPACK found fewer than k.
+        """
+        return spectrum.find(self, k, which, sigma)
+
+    def diagonal(self) -> Tensor:
+        """(P,) the exact diagonal, in O(L) without a factorization: the loss's second derivative goes backwards sample by sample."""
+        return spectrum.diagonal(self)
+
+    def trace(self) -> float:
+        """The exact trace (loss / parameter^2), in O(L)."""
+        return self.diagonal().sum().item()
+
+    def block(self, stage: str | int) -> Tensor:
+        """(p_l, p_l) the exact diagonal block of one stage, by its name or its number among the stages with parameters.
+
+        Raises:
+            ValueError: no such stage.
+        """
+        return spectrum.block(self, stage)
+
+    def by_stage(self) -> dict[str, dict[str, float]]:
+        """{name: {"parameters", "trace", "norm"}} for each stage with parameters; norm is Frobenius, of its diagonal block."""
+        return spectrum.by_stage(self)
+
+    # -- solves (`hinv.solve`) -----------------------------------------------------------------------------------------
+
+    def solve(self, b: Tensor, damping: float = 1e-2, method: str = "auto", rtol: float | None = None) -> Tensor:
+        """x with (H + damping I) x = b, its residual measured with an independent product.
+
+        Source: `hinv.solver.factor` ("factor"); arXiv:2601.06096, (13) eq:unified-system and Algorithm 1 ("tridiagonal"); version 1's Q and A ("woodbury").
+
+        Args:
+            b: (P,) or (P, k), for example `H.gradient` (loss / parameter).
+            damping: eps (loss / parameter^2); any sign. It is never changed on the way.
+            method: "auto" takes the cheaper of "factor" and "dense" by `estimate`, then refines, then GMRES preconditioned by the factorization, then
+                "sparse". By name: "factor", "sparse" (SuperLU of K), "tridiagonal" O(L (p + 2Ba)^3), "woodbury" O(L (2p + 2Ba)^3),
+                "dense" O(P^3), "minres", "cg".
+            rtol: wanted ||(H + damping I)x - b|| / ||b||; by default 1e-8 in float64, 1e-4 in float32.
+
+        Returns:
+            x, shaped like b. `H.last_solve` holds the method, the residual reached and the number of refinement steps.
+
+        Warns:
+            AccuracyWarning: rtol was not reached after all fallbacks, or CG met an indefinite matrix.
+
+        Raises:
+            ValueError, TypeError: b of another length, dtype or device, NaN in b, an unknown method, a damping that is not finite.
+            SingularShiftError, torch.linalg.LinAlgError: an exactly singular matrix or pivot block, named.
+            MemoryError: the estimate exceeds the free memory.
+        """
+        b = self.checked(b, "the right-hand side")
+        damping = checked_damping(damping)
+        if not b.numel():
+            return b.clone()
+        x, self.last_solve, problem = solve(self, b, damping, method, rtol)
+        if problem:
+            advice = "try method='sparse', method='dense' on a small network, more damping, or float64"
+            warnings.warn(
+                f"method '{self.last_solve.method}', damping {damping:g}: {problem}; {advice}",
+                AccuracyWarning,
+                stacklevel=2,
+            )
+        return x
+
+
+class Hessian(Curvature):
+    """Exact Hessian of a loss on one batch with respect to the trainable parameters of an nn.Sequential.
+
+    A snapshot: the model is copied, so training the original afterwards does not change it. Nothing of size P x P is
+    formed except by `dense()` and `method="dense"`.
+
+    Args:
+        model: nn.Sequential (nested ones are flattened) of Linear, elementwise activations, Flatten, LayerNorm, Conv2d,
+            pooling, or any module of one tensor to one tensor that treats samples independently. Parameters with requires_grad=False are constants.
+        loss: CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, or any callable (outputs, targets) -> sum or mean over samples.
+        inputs: (B, ...), floating point, dtype (float32 or float64) and device of the model.
+        targets: as the loss wants them.
+        check: False leaves out the checks that take derivatives (samples independent, loss not random, second derivatives symmetric), for a
+            model and a loss that passed them once, as in an optimizer's loop.
+
+    Raises:
+        TypeError, ValueError: anything the structure does not cover, by name and with what to do instead.
+
+    Example:
+        >>> H = hinv.Hessian(model, torch.nn.CrossEntropyLoss(), x, y)
+        >>> step = H.solve(H.gradient, damping=1e-2)
+    """
+
+    @cached_property
+    def layers(self) -> list[paper.Layer]:
+        """Derivative blocks of the paper's layers, computed once for every damping and method."""
+        return paper.layers(self.chain)
+
+
+class GGN(Curvature):
+    """The generalised Gauss-Newton matrix J^T Lambda J of a loss on one batch: J = d outputs / d parameters, Lambda the loss's Hessian in the outputs.
+
+    Positive semidefinite for convex losses, so that every damping > 0 factors by Cholesky; equal to the Fisher information for cross-entropy. Arguments
+    and methods are those of `Hessian`; `factor` leaves the second derivatives of the stages out, or takes the dual where that is cheaper.
+    """
+
+    gauss_newton = True

@@ -1,0 +1,113 @@
+"""(H + damping I) x = b by a method's name: each method makes an approximate inverse, refinement makes it exact, the report says how exact.
+
+"auto" is the cheaper of the stagewise elimination and the dense route, refined; where that falls short, GMRES preconditioned by it, then SuperLU on K,
+which pivots across stages. What was needed stands in the report.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hinv import paper
+from hinv.errors import SingularShiftError
+from hinv.solver import krylov
+from hinv.solver.matrix import Matrix
+from hinv.solver.refine import Apply, preconditioned_gmres, refined
+
+RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What a solve did: `method` (the fallbacks it needed behind a plus), `damping`, `residual` ||(H + damping I)x - b|| / ||b|| (the
+    worst column, by an independent product), `refinements`."""
+
+    method: str
+    damping: float
+    residual: float
+    refinements: int
+
+
+def _factor(H: Matrix, damping: float, rtol: float) -> Apply:
+    """The stagewise elimination or the dual, in float64 arithmetic whatever the model's dtype."""
+    return H.factor(damping, dtype=torch.float64).solve
+
+
+def _sparse(H: Matrix, damping: float, rtol: float) -> Apply:
+    from hinv.solver import sparse  # SciPy's sparse matrices are loaded where they are used
+
+    return sparse.factor(H.chain, damping, H.gauss_newton)
+
+
+# name -> (H, damping, rtol) -> (b -> x); the paper's two are for an `hinv.Hessian`
+METHODS: dict[str, Callable[[Any, float, float], Apply]] = {
+    "factor": _factor,
+    "sparse": _sparse,
+    "tridiagonal": lambda H, damping, rtol: paper.tridiagonal(H, damping),
+    "woodbury": lambda H, damping, rtol: paper.woodbury(H, damping),
+    "dense": krylov.dense,
+    "minres": krylov.krylov("minres"),
+    "cg": krylov.krylov("cg"),
+}
+
+
+def solve(
+    H: Matrix, b: Tensor, damping: float, method: str = "auto", rtol: float | None = None
+) -> tuple[Tensor, SolveReport, str]:
+    """x like b, the report, and what there is to warn of ("" for nothing). b is checked already; see `hinv.Hessian.solve`."""
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use 'auto', {', '.join(map(repr, METHODS))}")
+    if H.gauss_newton and method in ("tridiagonal", "woodbury"):
+        raise ValueError(f"method {method!r} is the paper's, for the Hessian: use 'factor' for the Gauss-Newton matrix")
+    rtol = RTOL[H.dtype] if rtol is None else rtol
+    if not rtol > 0:
+        raise ValueError(f"rtol must be a positive number, not {rtol}")
+    # solve for columns of size one: squares of very small or large entries leave the range
+    size = b.abs().amax(dim=0)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    if method == "auto":
+        x, report, remarks = _automatic(H, b / size, damping, rtol)
+    else:
+        apply = METHODS[method](H, damping, rtol)
+        x, residual, steps = refined(H, apply, b / size, damping, rtol)
+        report = SolveReport(method, damping, residual, steps)
+        remarks = [apply.remark()] if hasattr(apply, "remark") else []
+    if not report.residual <= rtol:
+        remarks.append(
+            f"relative residual {report.residual:.1e} after {report.refinements} refinements, rtol {rtol:.0e} not reached"
+        )
+    return x * size, report, "; ".join(filter(None, remarks))
+
+
+def _automatic(H: Matrix, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, SolveReport, list[str]]:
+    """The cheapest direct method; then GMRES with it as preconditioner; then SuperLU on K. The report names all that were needed."""
+    remarks: list[str] = []
+    chosen = "dense" if H.estimate().method == "dense" else "factor"
+    x, report = None, None
+    try:
+        apply = METHODS[chosen](H, damping, rtol)
+        x, residual, steps = refined(H, apply, b, damping, rtol)
+        report = SolveReport(chosen, damping, residual, steps)
+        if residual <= rtol:
+            return x, report, remarks
+        better, after, _ = refined(
+            H, lambda r: preconditioned_gmres(H, apply, r, damping, rtol), b, damping, rtol, start=x
+        )
+        if after < residual:
+            x, report = better, SolveReport(f"{chosen}+gmres", damping, after, steps)
+        if report.residual <= rtol:
+            return x, report, remarks
+    except SingularShiftError as error:
+        remarks.append(str(error))
+    try:
+        better, after, steps = refined(H, METHODS["sparse"](H, damping, rtol), b, damping, rtol)
+    except torch.linalg.LinAlgError as error:
+        if x is None or report is None:
+            raise SingularShiftError("; ".join([*remarks, str(error)])) from error
+        return x, report, remarks
+    if x is None or report is None or after < report.residual:
+        x, report = better, SolveReport(f"{chosen}+sparse", damping, after, steps)
+    return x, report, [] if report.residual <= rtol else remarks

@@ -1,0 +1,18 @@
+"""The fast exact solver: knows `hinv.network`, and nothing above it.
+
+A vector's way is down this list:
+
+`matrix`     the matrix as the rooms above see it: products, estimates, factorizations
+`factor`     the symmetric elimination, stage by stage from the loss backwards: start here
+`parts`      what the elimination does with each kind of stage
+`symmetric`  one pivot block: Cholesky or LDL^T, inertia, determinant
+
+and beside it
+
+`dual`       the Gauss-Newton matrix of few outputs, by one Cholesky of their size
+`sparse`     SuperLU on K, which pivots across stages
+`krylov`     what one would do without the structure: dense LU, CG, MINRES
+`products`   products by automatic differentiation, independent of all the above
+`refine`     refinement with those products, and GMRES behind a factorization that lost digits
+`estimate`   flops, seconds and bytes from shapes alone
+"""

@@ -1,0 +1,104 @@
+"""The matrix as the rooms above see it: products, and factorizations of it plus a multiple of the identity."""
+
+import copy
+import math
+from typing import Self
+
+import torch
+from torch import nn
+
+from hinv.network import Chain, losses
+
+from .dual import Dual
+from .estimate import Estimate, estimate, require
+from .factor import Factor
+from .parts import Structure, parts
+from .products import Products
+
+
+class Matrix(Products):
+    """The Hessian of a chain or its Gauss-Newton matrix, H below: products of it, and factorizations of H + damping I.
+
+    What does not depend on the damping is computed at the first factorization and kept.
+    """
+
+    def __init__(self, chain: Chain, gauss_newton: bool):
+        super().__init__(chain, gauss_newton)
+        self.counted: dict[float, int] = {}  # eigenvalues below a shift, kept by `hinv.spectrum`
+        self._structures: dict[torch.dtype, Structure] = {}
+        self._convex: bool | None = None
+        self._others: dict[torch.dtype, Self] = {}  # the same in another dtype
+
+    def estimate(self, damping: float = 1e-2) -> Estimate:
+        """Predicted flops, seconds and peak bytes of a factorization, from shapes alone; str() of it is a sentence.
+
+        Nothing is allocated. The cost does not depend on the damping.
+        """
+        return estimate(self.chain, self.gauss_newton, self.dtype)
+
+    def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None) -> Factor | Dual:
+        """Factor H + damping I once, for many right-hand sides, its inertia and its determinant.
+
+        Source: `hinv.solver.factor`, the symmetric stagewise elimination (the paper's K, eliminated from the loss backwards). Derivatives are computed
+        at the first call and kept; each further damping costs the factorization only.
+
+        Args:
+            damping: shift (loss / parameter^2), of any sign: H - sigma I with damping = -sigma.
+            dtype: of the arithmetic; the model's by default. float64 for a float32 model costs twice and loses no digits to small pivots.
+
+        Returns:
+            a `Factor` with solve(b), inertia, logdet (for a GGN with few outputs, its dual with the same three).
+
+        Raises:
+            SingularShiftError: a pivot is zero to working precision (damping is minus an eigenvalue), with the stage's name.
+            MemoryError: the estimate exceeds the free memory; says what to reduce. Nothing was allocated.
+        """
+        damping = checked_damping(damping)
+        dtype = dtype or self.dtype
+        prediction = estimate(self.chain, self.gauss_newton, dtype)
+        if prediction.method == "dual" and damping > 0 and self._is_convex():
+            require(prediction, "dual", self.device)
+            return Dual(converted(self.chain, dtype), damping)
+        require(prediction, "factor", self.device)
+        return Factor(self.structure(dtype), damping, lambda v: self.cast(dtype) @ v)
+
+    def structure(self, dtype: torch.dtype) -> Structure:
+        """What the elimination needs and no damping changes: the derivatives of every stage. Computed once for each dtype."""
+        if dtype not in self._structures:
+            self._structures[dtype] = parts(converted(self.chain, dtype), self.gauss_newton)
+        return self._structures[dtype]
+
+    def double(self) -> Self:
+        """The same matrix in float64 arithmetic (itself if it is)."""
+        return self.cast(torch.float64)
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The same matrix in another dtype, kept."""
+        if dtype == self.dtype:
+            return self
+        if dtype not in self._others:
+            other = object.__new__(type(self))  # a subclass may be made from something else than a chain
+            Matrix.__init__(other, converted(self.chain, dtype), self.gauss_newton)
+            self._others[dtype] = other
+        return self._others[dtype]
+
+    def _is_convex(self) -> bool:
+        if self._convex is None:
+            self._convex = losses.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
+        return self._convex
+
+
+def checked_damping(damping: float) -> float:
+    damping = float(damping)
+    if not math.isfinite(damping):
+        raise ValueError(f"damping must be a finite number, not {damping}")
+    return damping
+
+
+def converted(chain: Chain, dtype: torch.dtype) -> Chain:
+    """The same problem in another dtype (the parameters' values are kept)."""
+    if dtype == chain.inputs.dtype:
+        return chain
+    loss = copy.deepcopy(chain.loss).to(dtype) if isinstance(chain.loss, nn.Module) else chain.loss
+    targets = chain.targets.to(dtype) if chain.targets.is_floating_point() else chain.targets
+    return Chain(copy.deepcopy(chain.model).to(dtype), loss, chain.inputs.to(dtype), targets)

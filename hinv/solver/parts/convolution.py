@@ -1,0 +1,69 @@
+"""A convolution as the linear map of its patches, with weights shared over the positions."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hinv.network import Stage
+
+from .linear import Linear
+
+
+class Conv2d(Linear):
+    """The same map of patches to channels at every position; patches take the place of samples. Rows of V: (sample, channel, position).
+
+    Only for B L >= d (L positions): a batch of images excites all weights.
+    """
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        module = stage.module
+        self.weight, self.shape_in, self.shape_out = module.weight.detach(), stage.inputs.shape, stage.outputs.shape
+        self.options = {"stride": module.stride, "padding": padding(module), "dilation": module.dilation}
+        self.positions = self.shape_out[2:].numel()
+        patches = functional.unfold(stage.inputs, module.kernel_size, **self.options)  # (B, d, L)
+        self._set(stage, patches.mT.flatten(0, 1), gauss_newton, wrt_input)
+
+    def first(self, r: Tensor) -> Tensor:
+        r = r.reshape(self.batch, self.a_out, self.positions, -1).transpose(1, 2)
+        return r.reshape(self.batch * self.positions, -1)
+
+    def middle(self, X: Tensor) -> Tensor:
+        X = X.view(-1, self.a_out, self.positions).mT
+        return X.reshape(-1, self.batch * self.positions, self.a_out)
+
+    def flat(self, X: Tensor, k: int) -> Tensor:
+        return X.view(self.batch, self.positions, self.a_out, k).transpose(1, 2).reshape(-1, k)
+
+    def A_T(self, r: Tensor) -> Tensor:
+        return self.times_A(r.T).T.contiguous()
+
+    def A(self, y: Tensor) -> Tensor:
+        images = y.T.reshape(-1, *self.shape_in[1:])
+        return functional.conv2d(images, self.weight, **self.options).view(y.shape[1], -1).T
+
+    def times_A(self, X: Tensor) -> Tensor:
+        return self._transposed(X.reshape(-1, *self.shape_out[1:]), self.weight).view(X.shape[0], -1)
+
+    def _transposed(self, images: Tensor, kernels: Tensor) -> Tensor:
+        """The transpose of the convolution with these kernels, on (N, channels out, height, width)."""
+        shape = (len(images), kernels.shape[1], *self.shape_in[2:])
+        return nn.grad.conv2d_input(shape, kernels, images, **self.options)
+
+    def plus_F(self, JV: Tensor) -> Tensor:
+        """dW meets dz where b is: F[(j, o), n] is the transposed convolution of channel o of the backward signal b_n with column j of Q."""
+        N = self.times_A(JV)
+        if self.curved:
+            kernels = self.Q_in.T.reshape(self.m, *self.weight.shape[1:])
+            signals = self.e.transpose(0, 1).reshape(-1, 1, *self.shape_out[2:])  # (a_out B, 1, height, width)
+            for kernel, rows in zip(kernels, N.view(self.m, -1), strict=True):
+                rows += self._transposed(signals, kernel.unsqueeze(0)).flatten()
+        return N
+
+
+def padding(module: nn.Conv2d) -> tuple[int, int] | None:
+    """Its padding in numbers; None where "same" pads one side more than the other."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return module.padding

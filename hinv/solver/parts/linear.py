@@ -1,0 +1,188 @@
+"""A linear stage in rotated weights, by torch for large stages and by NumPy for small ones."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hinv.network import Stage
+
+from ..symmetric import SMALL, Small
+from .part import Part, Pivot
+
+
+def each(M: Tensor, X: Tensor) -> Tensor:
+    """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
+    if X.shape[2] == 1:
+        return (X[:, :, 0] @ M.T)[:, :, None]
+    if isinstance(X, np.ndarray):
+        return M @ X
+    return torch.bmm(M.expand(X.shape[0], *M.shape), X)
+
+
+def cat(arrays: list, dim: int = 0):
+    return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
+
+
+class Linear(Part):
+    """s = W z + bias with rotated weights; see the module's description. Rows of V: (sample, unit); of S: (j, unit), j numbering the columns of Q.
+
+    The rotation also sorts S by size: without it, or with any other basis of the same span, small dampings cost two digits.
+    """
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        self._set(stage, stage.inputs, gauss_newton, wrt_input)
+        n, k = self.m * self.a_out, self.batch * self.fan_in
+        self.F = self.outer = None
+        if self.curved and max(n, k) <= SMALL:  # kept whole where a broadcast costs more than the numbers
+            self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(n, k)
+            self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
+
+    def _set(self, stage: Stage, rows: Tensor, gauss_newton: bool, wrt_input: bool) -> None:
+        """rows: (B, a_in) inputs, or the patches of a convolution."""
+        self.wrt_input, self.curved = wrt_input, wrt_input and not gauss_newton  # curved: whether F counts
+        self.W, self.bias = stage.module.weight.detach().flatten(1), stage.module.bias is not None
+        self.e = torch.zeros_like(stage.b) if gauss_newton else stage.b
+        (self.a_out, self.fan_in), self.batch = self.W.shape, len(stage.inputs)
+        Zt = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
+        self.Q, self.R = torch.linalg.qr(Zt.T)  # (d, m), (m, B)
+        (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
+        self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
+
+    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        JV, n = self.J_T(V), self.m * self.a_out
+        S = each(self.R, self.middle(JV)).reshape(n, n)
+        if not self.wrt_input:
+            return S, None, None
+        N = self.plus_F(JV)
+        del JV
+        return S, N, self.A_T(self.times_A(V))
+
+    def plus_F(self, JV: Tensor) -> Tensor:
+        """J^T V A + F; in rotated weights F ((j, o), (n, k)) = e_n[o] Q[k, j]."""
+        N = self.times_A(JV)
+        if self.F is not None:
+            N += self.F
+        elif self.curved:
+            rows = N.reshape(self.m, self.a_out, self.batch, self.fan_in)
+            rows.addcmul_(self.e.T[None, :, :, None], self.Q_in.T[:, None, None, :])
+        return N
+
+    # rows of V, and the order (sample, position; unit) in which R meets them: the same here, not for a convolution
+
+    def first(self, r: Tensor) -> Tensor:
+        """(B a_out, k) -> (B, a_out k)."""
+        return r.reshape(self.batch, -1)
+
+    def middle(self, X: Tensor) -> Tensor:
+        """(n, B a_out) -> (n, B, a_out)."""
+        return X.reshape(-1, self.batch, self.a_out)
+
+    def flat(self, X: Tensor, k: int) -> Tensor:
+        """(B, a_out k) -> (B a_out, k)."""
+        return X.reshape(-1, k)
+
+    def J_T(self, r: Tensor) -> Tensor:
+        return (self.R @ self.first(r)).reshape(self.m * self.a_out, -1)
+
+    def A_T(self, r: Tensor) -> Tensor:
+        return each(self.W.T, r.reshape(self.batch, self.a_out, -1)).reshape(self.batch * self.fan_in, -1)
+
+    def A(self, y: Tensor) -> Tensor:
+        return each(self.W, y.reshape(self.batch, self.fan_in, -1)).reshape(self.batch * self.a_out, -1)
+
+    def times_A(self, X: Tensor) -> Tensor:
+        """X A for X (r, B a_out)."""
+        return (X.reshape(-1, self.a_out) @ self.W).reshape(X.shape[0], -1)
+
+    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.J_T(r), self.A_T(r) if self.wrt_input else None
+
+    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+        k = x.shape[1]
+        moved = self.flat(self.R.T @ x.reshape(self.m, -1), k)
+        return moved if y is None else moved + self.A(y)
+
+    # vectors: g (p, k) in the order of the parameters <-> rotated (m a_out, k) and the perpendicular rest (a_out, d, k)
+
+    def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        k, weights = g.shape[1], self.a_out * self.fan_in
+        full = g[:weights].reshape(self.a_out, self.fan_in, k)
+        if self.bias:
+            full = cat([full, g[weights:].reshape(self.a_out, 1, k)], 1)
+        par = each(self.Q.T, full)
+        rest = full - each(self.Q, par) if self.perp else None
+        return par.swapaxes(0, 1).reshape(self.m * self.a_out, k), rest
+
+    def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
+        k = x.shape[1]
+        full = each(self.Q, x.reshape(self.m, self.a_out, k).swapaxes(0, 1))
+        if rest is not None:
+            full += rest
+        weights = full[:, : self.fan_in].reshape(self.a_out * self.fan_in, k)
+        return cat([weights, full[:, self.fan_in]]) if self.bias else weights
+
+    # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
+
+    def F_rest(self, y: Tensor) -> Tensor:
+        """(a_out, d, k): the perpendicular part of F y."""
+        moved = (self.e.T @ y.reshape(self.batch, -1)).reshape(self.a_out, self.fan_in, -1)
+        if self.bias:
+            moved = cat([moved, 0.0 * moved[:, :1]], 1)
+        return moved - each(self.Q, each(self.Q.T, moved))
+
+    def F_rest_T(self, rest: Tensor) -> Tensor:
+        """(B a_in, k): its transpose, applied to a vector that is perpendicular already."""
+        k = rest.shape[2]
+        return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).reshape(self.batch * self.fan_in, k)
+
+    def beyond(self) -> Tensor:
+        """I - Q Q^T on the weights of one unit."""
+        return torch.eye(self.fan_in).to(self.Q) - self.Q_in @ self.Q_in.T
+
+    def add_perp(self, V: Tensor, factor: float) -> None:
+        """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
+        if self.outer is not None:
+            V.add_(self.outer, alpha=factor)
+        elif self.curved:
+            blocks = V.reshape(self.batch, self.fan_in, self.batch, self.fan_in)
+            blocks.addcmul_((self.e @ self.e.T)[:, None, :, None], self.beyond()[None, :, None, :], value=factor)
+
+
+class SmallLinear(Linear):
+    """The same on the CPU in NumPy, whose calls cost a third of torch's: its arrays are views of the tensors."""
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        super().__init__(stage, gauss_newton, wrt_input)
+        for name in ("Q", "Q_in", "R", "W", "e", "F", "outer"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.numpy())
+
+    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["SmallPivot", Tensor | None]:
+        V, n, k = V.numpy(), self.m * self.a_out, self.batch * self.fan_in
+        JV = self.J_T(V)
+        S = (self.R @ JV.T.reshape(self.batch, -1)).reshape(n, n)
+        S.reshape(-1)[:: n + 1] += damping
+        if not self.wrt_input:
+            self.eliminate_perp(None, damping)
+            return SmallPivot(self, Small(S, try_cholesky), None, damping), None
+        N = self.plus_F(JV)
+        V = self.times_A(self.times_A(V).T).reshape(k, k)
+        self.eliminate_perp(V, damping)
+        S = Small(S, try_cholesky)
+        return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
+
+    def add_perp(self, V: np.ndarray, factor: float) -> None:
+        if self.outer is not None:
+            V += factor * self.outer
+
+
+class SmallPivot(Pivot):
+    """Tensors outside, arrays inside."""
+
+    def backward(self, r: Tensor, g: Tensor) -> tuple[tuple, Tensor | None]:
+        kept, r = super().backward(r.numpy(), g.numpy())
+        return kept, None if r is None else torch.from_numpy(r)
+
+    def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, y = super().forward(h, None if y is None else y.numpy())
+        return torch.from_numpy(x), torch.from_numpy(y)

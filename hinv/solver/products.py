@@ -1,0 +1,173 @@
+"""A curvature matrix of one batch through its products alone: automatic differentiation, none of the structure.
+
+    H v    one backward pass through the graph of the gradient (Pearlmutter)
+    G v    J^T Lambda J v: J v as the derivative of J^T u in u, Lambda from the loss, J^T by a backward pass
+
+So a product shares no code with the elimination, and the residual of a solve measured with it is independent evidence.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+from hinv.errors import NotFiniteError
+from hinv.network import Chain, losses
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+COLUMNS = 2**24  # numbers in the result of one block of simultaneous products: H @ V goes block by block
+
+
+class Products:
+    """The Hessian of a chain, or its Gauss-Newton matrix, as an operator.
+
+    Args:
+        chain: the network on one batch.
+        gauss_newton: whether second derivatives of the network are left out.
+    """
+
+    def __init__(self, chain: Chain, gauss_newton: bool):
+        self.chain, self.gauss_newton = chain, gauss_newton
+        with torch.enable_grad():
+            self._outputs = chain.model(chain.inputs.clone())
+            scalar = losses.value(chain.loss, self._outputs, chain.targets)
+            # H keeps the gradient's graph: each product with it is one backward pass through that; G needs the outputs' alone
+            self._gradient = torch.autograd.grad(
+                scalar, chain.parameters, create_graph=not gauss_newton, retain_graph=True, materialize_grads=True
+            )
+        self.loss = scalar.item()
+        self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
+        if not self.gradient.isfinite().all():
+            raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.gradient), len(self.gradient)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gradient.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.gradient.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """H v for v (P,) or (P, k): exact, by differentiating autograd's graph; never forms H. Uses none of the structure.
+
+        Cost: about four forward passes of the batch for each column.
+
+        Raises:
+            ValueError, TypeError: v of another length, dtype or device, or not finite.
+        """
+        v = self.checked(v, "the factor")
+        if v.ndim == 1:
+            return self.multiply(v)
+        width = max(1, COLUMNS // self.shape[0])
+        return torch.cat([self._columns(piece) for piece in v.split(width, dim=1)], dim=1)
+
+    @cached_property
+    def multiply(self) -> Callable[[Tensor], Tensor]:
+        """v (P,) -> the matrix times v, unchecked, with the graphs it needs."""
+        if not self.gauss_newton:
+            return lambda v: self._pull_back(self._gradient, tuple(self._split(v)))
+        with torch.enable_grad():  # J^T u is linear in u: its derivative along v is J v
+            u = torch.zeros_like(self._outputs).requires_grad_()
+            JTu = torch.autograd.grad(
+                self._outputs, self.chain.parameters, u, create_graph=True, materialize_grads=True
+            )
+        curvature = losses.products(self.chain.loss, self.chain.outputs, self.chain.targets)
+
+        def product(v: Tensor) -> Tensor:
+            live = [(f, w) for f, w in zip(JTu, self._split(v), strict=True) if f.requires_grad]
+            functions, weights = zip(*live, strict=True)
+            (Jv,) = torch.autograd.grad(functions, u, weights, retain_graph=True, materialize_grads=True)
+            return self._pull_back((self._outputs,), (curvature(Jv),))
+
+        return product
+
+    def _columns(self, V: Tensor) -> Tensor:
+        return torch.func.vmap(self.multiply, in_dims=1, out_dims=1)(V) if V.shape[1] else V
+
+    def _pull_back(self, functions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+        """Gradient of sum_i functions_i . weights_i in the parameters, (P,); functions that do not depend on them count as constants."""
+        live = [(f, w) for f, w in zip(functions, weights, strict=True) if f.requires_grad]
+        if not live:
+            return torch.zeros_like(self.gradient)
+        functions, weights = zip(*live, strict=True)
+        columns = torch.autograd.grad(
+            functions, self.chain.parameters, weights, retain_graph=True, materialize_grads=True
+        )
+        return parameters_to_vector(c.contiguous() for c in columns)
+
+    def _split(self, v: Tensor) -> list[Tensor]:
+        parameters = self.chain.parameters
+        return [w.view_as(p) for w, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+
+    def dense(self) -> Tensor:
+        """(P, P): for checks on small networks. P products, P^2 numbers."""
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def to_scipy(self) -> "LinearOperator":
+        """The same matrix for SciPy's iterative solvers and eigensolvers (CPU arrays in and out)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def multiply(v: np.ndarray) -> np.ndarray:
+            if np.iscomplexobj(v):
+                return multiply(v.real) + 1j * multiply(v.imag)
+            return (self @ torch.as_tensor(v, dtype=self.dtype, device=self.device)).cpu().numpy()
+
+        def matvec(v: np.ndarray) -> np.ndarray:
+            return multiply(v.reshape(-1))
+
+        dtype = self.gradient.cpu().numpy().dtype
+        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, matmat=multiply, rmatmat=multiply, dtype=dtype)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def checked(self, v: Any, what: str) -> Tensor:
+        """A vector (P,) or several (P, k) that fit this matrix, detached.
+
+        Raises:
+            ValueError, TypeError: another length, dtype or device, or not finite; `what` names it in the message.
+        """
+        if not isinstance(v, Tensor):
+            raise TypeError(f"{what} must be a torch tensor, not {type(v).__name__}: use torch.as_tensor")
+        if v.ndim not in (1, 2) or len(v) != self.shape[0]:
+            raise ValueError(f"{what} has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)")
+        if v.dtype != self.dtype or v.device != self.device:
+            raise TypeError(f"{what} is {v.dtype} on {v.device}, the model {self.dtype} on {self.device}: convert one")
+        if not v.isfinite().all():
+            raise ValueError(f"{what} contains NaN or infinite values")
+        return v.detach()
+
+    def check_symmetry(self) -> None:
+        """u.Hv = v.Hu for one random pair. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.
+
+        Raises:
+            ValueError: autograd's second derivative is missing, NaN or not symmetric.
+        """
+        generator = torch.Generator().manual_seed(0)
+        u, v = (
+            torch.randn(len(self.gradient), generator=generator, dtype=self.dtype).to(self.device) for _ in range(2)
+        )
+        suspects = [str(stage) for stage in self.chain.stages if stage.kind == "general"] or ["the loss"]
+        try:
+            Hu, Hv = self.multiply(u), self.multiply(v)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"autograd cannot differentiate the model twice; look at {', '.join(suspects)}. torch says: {error}"
+            ) from error
+        scale = (Hu.norm() * v.norm() + Hv.norm() * u.norm()).item()
+        if not abs((u @ Hv - v @ Hu).item()) <= torch.finfo(self.dtype).eps ** 0.5 * scale:
+            raise ValueError(
+                f"autograd's second derivative is not symmetric, so it is wrong for one of {', '.join(suspects)} (torch {torch.__version__}; "
+                "weight_norm is one such): write that module with elementary operations. Or rounding errors are all there is of it, as where the "
+                f"outputs are saturated (the loss is {self.loss:.3g}): scale the weights down, or use float64"
+            )

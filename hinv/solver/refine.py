@@ -1,0 +1,64 @@
+"""From an approximate inverse to a solution: iterative refinement, and GMRES with the factorization as preconditioner.
+
+Both take residuals with `Products`, which know nothing of the factorization.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .products import Products
+
+REFINEMENTS = 3
+KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
+
+Apply = Callable[[Tensor], Tensor]  # b (P,) or (P, k) -> approximately (H + damping I)^-1 b
+
+
+def refined(
+    H: Products, apply: Apply, b: Tensor, damping: float, rtol: float, start: Tensor | None = None
+) -> tuple[Tensor, float, int]:
+    """x += apply(b - (H + damping I) x) while it helps; the best x seen, its relative residual (worst column), and how many steps it took."""
+    scale = torch.linalg.vector_norm(b, dim=0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+
+    def residual(x: Tensor) -> tuple[Tensor, float]:
+        if not x.isfinite().all():
+            return x, float("inf")
+        r = b - H @ x - damping * x
+        return r, (torch.linalg.vector_norm(r, dim=0) / scale).amax().item()
+
+    x = apply(b) if start is None else start
+    r, size = residual(x)
+    steps = 0
+    while steps < REFINEMENTS and rtol < size < float("inf"):
+        candidate = x + apply(r)
+        r_new, size_new = residual(candidate)
+        steps += 1
+        if not size_new < size:
+            break
+        x, r, size = candidate, r_new, size_new
+    return x, size, steps
+
+
+def preconditioned_gmres(H: Products, apply: Apply, b: Tensor, damping: float, rtol: float) -> Tensor:
+    """GMRES on H + damping I preconditioned by a factorization that lost digits, column by column."""
+    from scipy.sparse.linalg import LinearOperator, gmres
+
+    columns = b.reshape(len(b), -1)
+
+    def shifted(v: np.ndarray) -> np.ndarray:
+        return H.multiply(torch.as_tensor(v).to(b)).cpu().numpy() + damping * v
+
+    def precondition(v: np.ndarray) -> np.ndarray:
+        return apply(torch.as_tensor(v).to(b)).cpu().numpy()
+
+    dtype = columns.cpu().numpy().dtype
+    A = LinearOperator(H.shape, matvec=shifted, dtype=dtype)
+    M = LinearOperator(H.shape, matvec=precondition, dtype=dtype)
+    solved = [
+        gmres(A, column.cpu().numpy(), M=M, rtol=0.1 * rtol, restart=KRYLOV, maxiter=1)[0] for column in columns.T
+    ]
+    return torch.stack([torch.as_tensor(x).to(b) for x in solved], dim=1).reshape(b.shape)
