@@ -8,7 +8,7 @@ STAMP   := .venv/.installed
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 MAP       := $(firstword $(NOTEBOOKS))
 CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
-SOURCES   := $(wildcard hinv/*.py)
+SOURCES   := $(shell find hinv -name "*.py")
 # two notebooks at a time, one thread each, the longest first
 LONG      := $(wildcard notebooks/09*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
 NBVAL      = $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
@@ -34,15 +34,15 @@ $(STAMP): requirements.txt pyproject.toml
 
 reproduce: $(STAMP) parameters  ## run what changed of the notebooks, then the table of claims (build/report.html)
 	@$(MAKE) --no-print-directory --keep-going notebooks || true
-	@$(PY) -m hinv.reproduce report
+	@$(PY) -m hinv.companion.reproduce report
 
 parameters: $(STAMP)
-	@$(PY) -m hinv.reproduce parameters profile=$(PROFILE) $(PARAMS)
+	@$(PY) -m hinv.companion.reproduce parameters profile=$(PROFILE) $(PARAMS)
 
 notebooks: $(DONE)
 
 build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) build/parameters.json
-	@$(PY) -m hinv.reproduce run $<
+	@$(PY) -m hinv.companion.reproduce run $<
 
 # the map quotes the numbers of all chapters
 $(MAP:notebooks/%=build/notebooks/%): $(CHAPTERS:notebooks/%=build/notebooks/%)
@@ -55,7 +55,7 @@ test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make re
 	HINV_OUTPUT=$(CURDIR)/build/nbval $(NBVAL) $(MAP)
 
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
-	$(PY) -m hinv.bench
+	$(PY) -m hinv.companion.bench
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks

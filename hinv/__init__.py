@@ -1,10 +1,20 @@
-"""hinv: exact curvature of deep, narrow networks in time linear in depth."""
+"""hinv: exact curvature of deep, narrow networks in time linear in depth.
 
-from hinv import checks, data, optim, paper, spectrum, training
+    H = hinv.Hessian(model, loss, x, y)      or hinv.GGN: the Gauss-Newton matrix
+    H.solve(g, damping)                      (H + damping I)^-1 g, exact, with its residual in H.last_solve
+    H.factor(damping)                        once, for many right-hand sides; inertia, log-determinant
+    H.counts(edges), H.eigsh(k)              exact spectra, certified
+    hinv.optim, hinv.CurvatureMonitor        steps, and curvature during training
+    hinv.paper                               every matrix of the paper
+
+The rooms, each above all that it uses: optim, curvature, spectrum, solver and paper, network. `hinv.companion` is for the notebooks and is not imported here.
+"""
+
+from hinv import optim, paper, spectrum
 from hinv.curvature import GGN, Hessian
-from hinv.errors import AccuracyWarning, CertificateWarning, SingularShiftError
-from hinv.monitor import CurvatureMonitor
-from hinv.network.build import tall_skinny
+from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, SingularShiftError
+from hinv.network import tall_skinny
+from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
 from hinv.solve import SolveReport
 from hinv.solver.estimate import Estimate
@@ -19,14 +29,12 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Hessian",
+    "NotFiniteError",
     "SingularShiftError",
     "SolveReport",
-    "checks",
-    "data",
     "optim",
     "paper",
     "spectrum",
     "tall_skinny",
-    "training",
 ]
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from hinv import checks
+from hinv.companion import checks
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
-from hinv import data
+from hinv.companion import data
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hinv import CurvatureMonitor, Hessian, spectrum, tall_skinny
-from hinv.monitor import BACKENDS
+from hinv.optim.monitor import BACKENDS
 
 ALL = ("lambda_max", "lambda_min", "trace", "negative", "logdet")
 

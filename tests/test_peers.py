@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hinv import peers, tall_skinny
+from hinv import tall_skinny
+from hinv.companion import peers
 
 
 @pytest.fixture(scope="module")

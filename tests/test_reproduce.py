@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from hinv import reproduce
+from hinv.companion import reproduce
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def project(tmp_path, monkeypatch):
     for name, value in {"ROOT": tmp_path, "NOTEBOOKS": tmp_path / "notebooks", "BUILD": tmp_path / "build"}.items():
         monkeypatch.setattr(reproduce, name, value)
     (tmp_path / "notebooks").mkdir()
-    good = "from hinv import checks\nclaims = checks.Claims('01', 'good', seed, profile)\nclaims.check('below', value, '<=', 1.0, '(1)')\nclaims.write()"
+    good = "from hinv.companion import checks\nclaims = checks.Claims('01', 'good', seed, profile)\nclaims.check('below', value, '<=', 1.0, '(1)')\nclaims.write()"
     write(tmp_path / "notebooks" / "01_good.ipynb", "profile = 'quick'\nseed = 0\nvalue = 0.5", good)
     write(tmp_path / "notebooks" / "02_bad.ipynb", "profile = 'quick'", "raise RuntimeError('the reason')")
     return tmp_path
@@ -119,4 +119,4 @@ def test_command_line(project, capsys):
     assert reproduce.main(["run", str(project / "notebooks" / "02_bad.ipynb")]) == 1
     assert reproduce.main(["report"]) == 1
     assert reproduce.main([]) == 2
-    assert "python -m hinv.reproduce" in capsys.readouterr().err
+    assert "python -m hinv.companion.reproduce" in capsys.readouterr().err

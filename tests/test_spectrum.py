@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hinv
-from hinv import GGN, CertificateWarning, Hessian, SingularShiftError, spectrum, tall_skinny
+from hinv import GGN, CertificateWarning, Hessian, SingularShiftError, errors, spectrum, tall_skinny
+from hinv.spectrum import eigenpairs
 
 
 def network(sizes=(8, *[6] * 5, 4), batch=12, kind=Hessian, gain=1.0, bias=True, seed=0):
@@ -132,7 +133,7 @@ def test_multiplicities_are_neither_skipped_nor_repeated():
 def test_what_arpack_skips_is_found(monkeypatch):
     """ARPACK made to miss the largest eigenvalue: the count says so, and the second search finds it."""
     H, searches = network(), []
-    search = spectrum._Region.search
+    search = eigenpairs._Region.search
 
     def forgetful(self, k, known):
         searches.append(k)
@@ -141,12 +142,12 @@ def test_what_arpack_skips_is_found(monkeypatch):
         top = search(self, k + 1, known)
         return top[:, :-1]  # ascending: the last is the largest
 
-    monkeypatch.setattr(spectrum._Region, "search", forgetful)
+    monkeypatch.setattr(eigenpairs._Region, "search", forgetful)
     found = H.eigsh(3)
     assert found.certified and searches == [3, 1]
     assert (found.values - torch.linalg.eigvalsh(H.dense())[-3:]).abs().max() < 1e-10
     monkeypatch.setattr(
-        spectrum._Region,
+        eigenpairs._Region,
         "search",
         lambda self, k, known: search(self, 5, known)[:, :-1][:, -3:] if not known.shape[1] else known[:, :0],
     )
@@ -156,13 +157,13 @@ def test_what_arpack_skips_is_found(monkeypatch):
 
 def test_of_a_large_cluster_only_what_was_asked_is_found(monkeypatch):
     """The zeros of a Gauss-Newton matrix, and of the weights that a small batch does not excite: certified without finding all of them."""
-    widest, search = [], spectrum._Region.search
+    widest, search = [], eigenpairs._Region.search
 
     def watched(self, k, known):
         widest.append(k)
         return search(self, k, known)
 
-    monkeypatch.setattr(spectrum._Region, "search", watched)
+    monkeypatch.setattr(eigenpairs._Region, "search", watched)
     for H in (network(kind=GGN, batch=3), network((40, 10), 4), network((16,) * 5 + (4,), 4)):
         values = torch.linalg.eigvalsh(H.dense())
         found = H.eigsh(2, "SA")
@@ -308,7 +309,7 @@ def test_no_such_block():
 
 
 def test_names_are_public():
-    assert hinv.Eigenpairs is spectrum.Eigenpairs and hinv.CertificateWarning is spectrum.CertificateWarning
+    assert hinv.Eigenpairs is spectrum.Eigenpairs and hinv.CertificateWarning is errors.CertificateWarning
 
 
 # -- whole data sets ---------------------------------------------------------------------------------------------------

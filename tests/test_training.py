@@ -15,8 +15,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from hinv import bench, data, optim, training
-from hinv.training import Config, run
+from hinv import optim, tall_skinny
+from hinv.companion import bench, data, training
+from hinv.companion.training import Config, run
+from hinv.companion.training.config import descent
+from hinv.companion.training.folder import key
+from hinv.companion.training.images import Batches, images
 
 SMALL = {"images": 200, "test": 50, "probe": 40, "widths": (8, 8), "batch": 16, "steps": 12, "validate_every": 5}
 METHODS = {
@@ -54,14 +58,14 @@ def same(a, b):
 def test_a_run_is_the_loop_written_out(name, tmp_path):
     c = config(name)
     result = run(c, tmp_path / "run", progress=False)
-    images = data.load("digits", n=200, normalize=True, dtype=torch.float64)
-    model, loss = training.tall_skinny((64, 8, 8, 10), seed=0), nn.CrossEntropyLoss()
-    descent = training._descent(c, model)
-    schedule = torch.optim.lr_scheduler.StepLR(descent.optimizer, 5) if c.schedule else None
+    digits = data.load("digits", n=200, normalize=True, dtype=torch.float64)
+    model, loss = tall_skinny((64, 8, 8, 10), seed=0), nn.CrossEntropyLoss()
+    method = descent(c, model)
+    schedule = torch.optim.lr_scheduler.StepLR(method.optimizer, 5) if c.schedule else None
     for step in range(12):
         order = torch.randperm(200, generator=torch.Generator().manual_seed(hash((0, 0))))
         index = order[16 * step : 16 * step + 16]
-        report = descent.step(images.x[index].flatten(1), images.y[index])
+        report = method.step(digits.x[index].flatten(1), digits.y[index])
         assert report.loss == result.records[step]["loss"]
         if schedule:
             schedule.step()
@@ -69,11 +73,11 @@ def test_a_run_is_the_loop_written_out(name, tmp_path):
     assert result.status == "done" and len(result.records) == 12
     assert [v["step"] for v in result.validations] == [0, 5, 10, 12]
     with torch.no_grad():
-        outputs = model(images.x[:40].flatten(1))
+        outputs = model(digits.x[:40].flatten(1))
     last = result.validations[-1]
-    assert last["probe_loss"] == pytest.approx(loss(outputs, images.y[:40]).item())
-    assert last["probe_top1"] == (outputs.argmax(1) == images.y[:40]).double().mean().item()
-    ranks = (outputs > outputs.gather(1, images.y[:40, None])).sum(1)
+    assert last["probe_loss"] == pytest.approx(loss(outputs, digits.y[:40]).item())
+    assert last["probe_top1"] == (outputs.argmax(1) == digits.y[:40]).double().mean().item()
+    ranks = (outputs > outputs.gather(1, digits.y[:40, None])).sum(1)
     assert last["probe_top5"] == (ranks < 5).double().mean().item()
     assert 0 < last["test_top1"] <= last["test_top5"] <= 1
 
@@ -86,10 +90,10 @@ def test_a_run_that_is_done_is_read_and_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(optim.Preconditioned, "_keep", lambda *a: pytest.fail("factored again"))
     same(first, run(config(), progress=False))
     for other in (config(seed=1), config(images=150), config(options={"every": 2, "damping": 1.0})):
-        assert training._key(other, training._images(other)) != first.folder.name
-    assert training._key(config(checkpoint_every=3), training._images(config())) == first.folder.name
+        assert key(other, images(other)) != first.folder.name
+    assert key(config(checkpoint_every=3), images(config())) == first.folder.name
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert training._key(config(), training._images(config())) != first.folder.name
+    assert key(config(), images(config())) != first.folder.name
 
 
 def test_budgets_and_target(tmp_path):
@@ -164,10 +168,13 @@ def test_metrics_go_to_a_writer(tmp_path):
 
 SCRIPT = """
 import json, sys
-from hinv import optim, training
+import torch
+from hinv.companion import training
+from hinv.companion.training.session import Session
+torch.set_num_threads(1)  # as many as the run that goes on from here
 config = training.Config.from_dict(json.loads(sys.argv[1]))
 kill_at = int(sys.argv[3])
-plain = training._Session._write
+plain = Session._write
 def write(self, file, record, writer):
     plain(self, file, record, writer)
     if record["kind"] == "step" and record["step"] == kill_at:
@@ -175,7 +182,7 @@ def write(self, file, record, writer):
         file.flush()
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
-training._Session._write = write
+Session._write = write
 training.run(config, sys.argv[2], progress=False)
 """
 
@@ -357,13 +364,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 
 def test_batches_are_a_function_of_the_step():
-    every = list(islice(training._Batches(23, 5, 7, 0), 12))
+    every = list(islice(Batches(23, 5, 7, 0), 12))
     for start in (1, 3, 4, 9):
-        assert list(islice(training._Batches(23, 5, 7, start), 12 - start)) == every[start:]
+        assert list(islice(Batches(23, 5, 7, start), 12 - start)) == every[start:]
     for epoch in range(3):
         numbers = [i for batch in every[4 * epoch : 4 * epoch + 4] for e, i in batch if e == epoch]
         assert len(numbers) == 20 == len(set(numbers))
-    assert every[0] != every[4] and every[:4] != list(islice(training._Batches(23, 5, 8, 0), 4))
+    assert every[0] != every[4] and every[:4] != list(islice(Batches(23, 5, 8, 0), 4))
 
 
 def test_crops_depend_on_seed_epoch_and_number_alone():

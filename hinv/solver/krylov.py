@@ -34,11 +34,10 @@ def dense(H: Products, damping: float, rtol: float) -> Apply:
 
 def krylov(method: str) -> Callable[[Products, float, float], Apply]:
     """SciPy's "cg" or "minres" as a baseline. One Hessian-vector product an iteration; the count depends on the spectrum."""
-    from scipy.sparse.linalg import LinearOperator, cg, minres
-
-    iterate = {"cg": cg, "minres": minres}[method]
-
     def prepare(H: Products, damping: float, rtol: float) -> Apply:
+        from scipy.sparse.linalg import LinearOperator, cg, minres
+
+        iterate = {"cg": cg, "minres": minres}[method]
         operator = H.to_scipy()
         curvature = []  # signs of v^T (H + damping I) v met on the way
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from hinv.checks import output
+from hinv.companion.checks import output
 from hinv.paper import BlockMatrix
 
 PALETTE = sns.color_palette("colorblind")

@@ -27,7 +27,7 @@ from torchvision.datasets.utils import check_md5
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
-from hinv.checks import ROOT
+from hinv.companion.checks import ROOT
 
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
 

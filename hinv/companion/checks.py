@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+
+def _root() -> Path:
+    """The project's folder where hinv runs from a checkout; the working folder where it was installed from a wheel."""
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "notebooks").is_dir() and (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+ROOT = _root()
 RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 

@@ -1,8 +1,8 @@
 """What `make reproduce` calls: run one notebook through papermill, write the parameters, make the table of claims.
 
-python -m hinv.reproduce parameters profile=quick seed=1   check against the notebooks, write build/parameters.json if changed
-python -m hinv.reproduce run notebooks/01_backprop.ipynb   execute into build/notebooks/
-python -m hinv.reproduce report                            table of all claims, build/report.html; exit status 1 on a failure
+python -m hinv.companion.reproduce parameters profile=quick seed=1   check against the notebooks, write build/parameters.json if changed
+python -m hinv.companion.reproduce run notebooks/01_backprop.ipynb   execute into build/notebooks/
+python -m hinv.companion.reproduce report                            table of all claims, build/report.html; exit status 1 on a failure
 """
 
 import ast
@@ -18,7 +18,7 @@ import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from hinv.checks import ROOT, output, write_atomically
+from hinv.companion.checks import ROOT, output, write_atomically
 
 NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 PROFILES = ("quick", "full")

@@ -1,0 +1,29 @@
+"""Speed and memory figures of the fast solver: `make bench` writes results/bench.json. Benchmarks, not tests.
+
+Each figure says what was asked, what was measured on this machine in this run, and whether it was reached. Times are the smallest of a few
+repetitions in one process, float64; memory is the growth of the peak resident size (Linux).
+"""
+
+from .measure import (
+    deep,
+    digits_network,
+    eliminated,
+    memory_of_a_step,
+    network,
+    peak_bytes,
+    seconds,
+    step_of_gauss_newton,
+)
+from .table import table
+
+__all__ = [
+    "deep",
+    "digits_network",
+    "eliminated",
+    "memory_of_a_step",
+    "network",
+    "peak_bytes",
+    "seconds",
+    "step_of_gauss_newton",
+    "table",
+]

@@ -1,0 +1,185 @@
+"""The figures, one function each."""
+
+import time
+
+import numpy as np
+import torch
+
+from hinv.curvature import GGN
+from hinv.solver import sparse
+
+from .measure import SIX, deep, digits_network, eliminated, memory_of_depth, network, peak_bytes, residual, seconds
+
+
+def against_the_papers_algorithm() -> dict:
+    out = {}
+    for name, target in (("192-24x7-10 B32", 30.0), ("8-8x79-10 B8", 5.0)):
+        H = network(*SIX[name])
+        H.layers, eliminated(H)
+        ours = seconds(lambda H=H: eliminated(H, 0.01).solve(H.gradient), 5)
+        theirs = seconds(lambda H=H: H.solve(H.gradient, 0.01, method="tridiagonal"), 2)
+        out[name] = {
+            "factor_and_solve": ours,
+            "tridiagonal": theirs,
+            "ratio": theirs / ours,
+            "target": target,
+            "reached": theirs / ours >= target,
+        }
+    return out
+
+
+def depth(depths: tuple[int, ...] = (16, 64, 256, 1024, 4096), deepest: int = 10_000) -> dict:
+    times, memory = [], []
+    for layers in (*depths, deepest):
+        H = deep(layers)
+        H.structure(H.dtype)
+        memory.append(memory_of_depth(layers))
+        times.append(seconds(lambda H=H: eliminated(H), 3))
+    refined = residual(H, eliminated(H), 0.1)
+    slope = float(np.polyfit(np.log(depths), np.log(times[:-1]), 1)[0])
+    memory_slope = float(np.polyfit(np.log(depths), np.log(memory[:-1]), 1)[0])
+    return {
+        **{
+            "depths": [*depths, deepest],
+            "seconds": times,
+            "peak_bytes": memory,
+            "time_slope": slope,
+            "memory_slope": memory_slope,
+        },
+        **{
+            "target": 1.05,
+            "deepest_seconds": times[-1],
+            "deepest_residual": refined,
+            "reached": slope <= 1.05 and memory_slope <= 1.05,
+        },
+    }
+
+
+def matmul_rate(n: int = 4096) -> float:
+    """flops per second of this machine's own float64 matrix product."""
+    A = torch.randn(n, n, dtype=torch.float64)
+    return 2.0 * n**3 / seconds(lambda: A @ A, 3)
+
+
+def flop_rate_and_classes() -> tuple[dict, dict]:
+    sizes, batch = (3072, *[64] * 19, 10), 32
+    H = network(sizes, batch)
+    H.structure(H.dtype)
+    time_10 = seconds(lambda: eliminated(H), 2)
+    a, m, d = 64, 32, 64
+    n, k, hidden = a * min(batch, d), batch * a, len(sizes) - 3
+    formula = hidden * (n**3 / 3 + 2 * n * n * k + n * k * k) + (a * m) ** 3 / 3
+    rate, machine = formula / time_10, matmul_rate()
+    share = {
+        "flops": formula,
+        "seconds": time_10,
+        "rate": rate,
+        "matmul_rate": machine,
+        "share": rate / machine,
+        "target": 0.5,
+        "reached": rate >= machine / 2,
+    }
+    thousand = network((3072, *[64] * 19, 1000), batch)
+    thousand.structure(thousand.dtype)
+    peak = peak_bytes(lambda: eliminated(thousand))
+    time_1000 = seconds(lambda: eliminated(thousand), 2)
+    predicted = thousand.estimate().bytes["factor"]
+    classes = {
+        "seconds_10": time_10,
+        "seconds_1000": time_1000,
+        "ratio": time_1000 / time_10,
+        "peak_bytes": peak,
+        "predicted_bytes": predicted,
+    }
+    classes |= {
+        "target": "under 4 GiB, under 1.5 times",
+        "reached": (peak or predicted) < 2**32 and time_1000 < 1.5 * time_10,
+    }
+    return share, classes
+
+
+def right_hand_sides() -> dict:
+    out = {}
+    for name, H in {
+        "N1": digits_network((64, *[24] * 7, 10), 64),
+        "N2": digits_network((64, *[8] * 39, 10), 8),
+    }.items():
+        F, B = eliminated(H), torch.randn(H.shape[0], 8, dtype=torch.float64)
+        one, eight, product = (
+            seconds(lambda F=F, B=B: F.solve(B[:, 0]), 20),
+            seconds(lambda F=F, B=B: F.solve(B), 20),
+            seconds(lambda H=H, B=B: H @ B[:, 0], 20),
+        )
+        out[name] = {"one": one, "eight": eight, "product": product, "in_products": one / product, "target": 5.0}
+        out[name]["reached"] = one <= 5 * product and eight < 8 * one
+    return out
+
+
+def against_sparse() -> dict:
+    out = {}
+    for name, (sizes, batch) in SIX.items():
+        H = network(sizes, batch)
+        ours = seconds(lambda H=H: eliminated(H, 0.1), 3)
+        K, _ = sparse.augmented(H.chain, 0.1)
+        theirs = seconds(lambda K=K: sparse.splu(K), 1)
+        out[name] = {
+            "factor": ours,
+            "superlu": theirs,
+            "ratio": theirs / ours,
+            "target": 8.0,
+            "reached": theirs >= 8 * ours,
+        }
+    return out
+
+
+def accuracy() -> dict:
+    worst = {}
+    for name, (sizes, batch) in SIX.items():
+        H = network(sizes, batch)
+        worst[name] = max(residual(H, eliminated(H, d), d) for d in (1.0, 0.1, 0.01, 1e-3, 1e-4))
+    return {"worst_residual": worst, "target": 1e-10, "reached": max(worst.values()) < 1e-10}
+
+
+def against_dense() -> dict:
+    out = {}
+    for name, H, target in (
+        ("N1", digits_network((64, *[24] * 7, 10), 64), 1.0),
+        ("N2", digits_network((64, *[8] * 39, 10), 8), 10.0),
+    ):
+        for damping in (0.01, 0.001):
+            H._structures.clear()
+            ours = seconds(lambda H=H, d=damping: (H._structures.clear(), H.factor(d).solve(H.gradient)), 3)
+            dense = seconds(
+                lambda H=H, d=damping: torch.linalg.solve(
+                    H.dense() + d * torch.eye(H.shape[0], dtype=H.dtype), H.gradient
+                ),
+                1,
+            )
+            error = residual(H, H.factor(damping), damping)
+            row = {
+                "derivatives_factor_solve": ours,
+                "dense": dense,
+                "ratio": dense / ours,
+                "residual": error,
+                "negative": H.factor(damping).inertia[1],
+            }
+            out[f"{name} {damping:g}"] = row | {"target": target, "reached": dense / ours >= target and error < 1e-10}
+    return out
+
+
+def million() -> dict:
+    H = network((22, *[22] * 1999, 10), 4, bias=True)
+    start = time.perf_counter()
+    peak = peak_bytes(lambda: H.solve(H.gradient, 0.1, method="factor"))
+    return {
+        **{"parameters": H.shape[0], "layers": 2000, "seconds": time.perf_counter() - start, "peak_bytes": peak},
+        **{"residual": H.last_solve.residual, "reached": H.shape[0] >= 10**6 and H.last_solve.residual < 1e-8},
+    }
+
+
+def dual() -> dict:
+    """The Gauss-Newton matrix by the recursion and by its dual, same matrix."""
+    G = network((256, *[24] * 7, 10), 64, GGN)
+    G.structure(G.dtype)
+    recursion, direct = seconds(lambda: eliminated(G)), seconds(lambda: G.factor(0.1))
+    return {"recursion": recursion, "dual": direct, "chosen": G.estimate().method}

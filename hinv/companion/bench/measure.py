@@ -1,0 +1,126 @@
+"""What the figures are measured on and with: networks, seconds, peak bytes, residuals."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hinv.companion.data import load
+from hinv.curvature import GGN, Hessian
+from hinv.network import tall_skinny
+from hinv.optim import GaussNewton
+from hinv.solver.factor import Factor
+
+# The six networks of the comparison with SuperLU, as (sizes, batch), and the two of the libraries' comparison
+SIX = {
+    "8-8x79-10 B8": ((8, *[8] * 79, 10), 8),
+    "64-8x39-10 B8": ((64, *[8] * 39, 10), 8),
+    "192-24x7-10 B32": ((192, *[24] * 7, 10), 32),
+    "64-24x7-10 B64": ((64, *[24] * 7, 10), 64),
+    "16-16x999-10 B4": ((16, *[16] * 999, 10), 4),
+    "64-16x99-10 B16": ((64, *[16] * 99, 10), 16),
+}
+
+
+def network(sizes: tuple[int, ...], batch: int, kind: type = Hessian, gain: float = 1.0, bias: bool = False):
+    """A tanh network with orthogonal weights under cross-entropy, on seeded normal inputs."""
+    x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return kind(tall_skinny(sizes, bias=bias, gain=gain), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
+
+
+def digits_network(sizes: tuple[int, ...], batch: int) -> Hessian:
+    images = load("digits", n=batch, normalize=True, dtype=torch.float64)
+    return Hessian(tall_skinny(sizes, bias=False, gain=0.9), nn.CrossEntropyLoss(), images.x.flatten(1), images.y)
+
+
+def seconds(function: Callable[[], object], repeats: int = 3) -> float:
+    """Smallest of `repeats` timings after one call to warm up (long calls are not repeated)."""
+    start = time.perf_counter()
+    function()
+    first = time.perf_counter() - start
+    if first > 20:
+        return first
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Growth of the resident peak over the call, or None where /proc does not tell."""
+
+    def status(key: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = status("VmRSS")
+        function()
+        return status("VmHWM") - before
+    except OSError:
+        function()
+        return None
+
+
+def residual(H: Hessian, F: Factor, damping: float, refinements: int = 2) -> float:
+    b = H.gradient
+    x = F.solve(b)
+    for _ in range(refinements):
+        x = x + F.solve(b - H @ x - damping * x)
+    return ((H @ x + damping * x - b).norm() / b.norm()).item()
+
+
+def eliminated(H: Hessian, damping: float = 0.1) -> Factor:
+    """A factorization by the stagewise elimination; its derivatives are computed once, so that timing it again times the elimination only."""
+    return Factor(H.structure(H.dtype), damping, H.__matmul__)
+
+
+def deep(layers: int) -> Hessian:
+    return network((16, *[16] * (layers - 1), 10), 4)
+
+
+def memory_of_depth(layers: int) -> int:
+    """Peak growth of derivatives and factorization in a process of its own, whose allocator returns every freed block."""
+    code = f"import hinv.companion.bench as b; H = b.deep({layers}); print(b.peak_bytes(lambda: H.factor(0.1)))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True).stdout)
+
+
+def step_of_gauss_newton(classes: int) -> dict[str, float]:
+    """One Gauss-Newton step of the 20-layer network on 32 images of 16 x 16: predicted and measured peak bytes, seconds of the next step."""
+
+    def descent(sizes: tuple[int, ...], columns: int) -> tuple[GaussNewton, tuple]:
+        x = torch.randn(32, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return GaussNewton(tall_skinny(sizes), nn.CrossEntropyLoss(), damping=1.0), (x, torch.arange(32) % sizes[-1])
+
+    warm, batch = descent((4, 3, 2), 4)
+    warm.step(*batch)
+    ours, batch = descent((768, *[24] * 19, classes), 768)
+    prediction = GGN(ours.model, ours.loss, *batch).estimate()
+    method = "dual" if prediction.method == "dual" else "factor"
+    peak = peak_bytes(lambda: ours.step(*batch))
+    again = ours.step(*batch).seconds
+    out = {
+        "parameters": prediction.parameters,
+        "predicted": prediction.bytes[method],
+        "measured": peak,
+        "seconds": again,
+    }
+    return out | {"method": method}
+
+
+def memory_of_a_step(classes: int) -> dict[str, float]:
+    """`step_of_gauss_newton` in a process of its own, whose allocator returns every freed block."""
+    code = f"import json, hinv.companion.bench as b; print(json.dumps(b.step_of_gauss_newton({classes})))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    return json.loads(run.stdout)

@@ -1,0 +1,84 @@
+"""The figures as the README shows them."""
+
+
+def table(figures: dict) -> str:
+    """The figures as the README shows them: what was asked, what was measured, whether it was reached."""
+
+    def mark(reached: bool) -> str:
+        return "yes" if reached else "**no**"
+
+    rows = []
+    for name, f in figures["1 against the paper's algorithm"].items():
+        rows.append(
+            (
+                f"factor and solve, {name}: times faster than the published algorithm",
+                f"{f['target']:g}",
+                f"{f['ratio']:.1f} ({f['factor_and_solve'] * 1e3:.0f} ms)",
+                f,
+            )
+        )
+    f = figures["2 depth"]
+    rows.append(
+        (
+            "log-log slope against depth (16 to 4096 layers of 16), time and memory",
+            "at most 1.05",
+            f"{f['time_slope']:.2f}, {f['memory_slope']:.2f}",
+            f,
+        )
+    )
+    rows.append(
+        ("10,000 layers of 16", "seconds", f"{f['deepest_seconds']:.1f} s, residual {f['deepest_residual']:.0e}", f)
+    )
+    f = figures["3 flop rate"]
+    rows.append(
+        (
+            "3072-64x19-10, batch 32: share of the matrix-product rate",
+            "0.5",
+            f"{f['share']:.2f} ({f['seconds']:.1f} s)",
+            f,
+        )
+    )
+    for name, f in figures["4 right-hand sides"].items():
+        rows.append(
+            (
+                f"one more right-hand side on {name}, in Hessian-vector products; eight together, in ones",
+                "at most 5; less than 8",
+                f"{f['in_products']:.1f}; {f['eight'] / f['one']:.1f}",
+                f,
+            )
+        )
+    f = figures["5 a thousand classes"]
+    rows.append(("1000 classes instead of 10: times the cost", "at most 1.5", f"{f['ratio']:.2f}", f))
+    f = figures["6 residual"]
+    rows.append(
+        (
+            "largest residual, six networks, damping 1 to 1e-4, two refinements",
+            "1e-10",
+            f"{max(f['worst_residual'].values()):.0e}",
+            f,
+        )
+    )
+    for name, f in figures["7 against SuperLU on K"].items():
+        rows.append((f"factor, {name}: times faster than SuperLU on $K$", f"{f['target']:g}", f"{f['ratio']:.1f}", f))
+    for name, f in figures["8 against dense"].items():
+        rows.append(
+            (
+                f"{name}, indefinite: times faster than the dense route",
+                f"{f['target']:g}",
+                f"{f['ratio']:.1f}, residual {f['residual']:.0e}",
+                f,
+            )
+        )
+    f = figures["9 a million parameters"]
+    rows.append(
+        (
+            f"{f['parameters']:,} parameters, 2,000 layers: factor and solve",
+            "works",
+            f"{f['seconds']:.1f} s, residual {f['residual']:.0e}",
+            f,
+        )
+    )
+    lines = ["| | asked | measured | reached |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {what} | {asked} | {got} | {mark(f['reached'])} |" for what, asked, got, f in rows)]
+    )

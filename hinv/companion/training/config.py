@@ -1,0 +1,127 @@
+"""Everything a run depends on, checked before anything is done."""
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hinv import optim
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on.
+
+    Args:
+        method: a class of `hinv.optim` ("GaussNewton", ...) or of `torch.optim` ("SGD", "Adam", ...).
+        rate: learning rate; of SGD on the direction for the classes of `hinv.optim`. momentum: of SGD, theirs too.
+        options: further arguments of that class, such as damping, every, clip, betas.
+        schedule, schedule_options: a class of torch.optim.lr_scheduler and its arguments; stepped once a step.
+        dataset, images, side, gray: as `hinv.companion.data.load` takes them. augment: random resized crops and flips. fallback: as in `load`.
+        test: how many test images to validate on, 0 for none. probe: how many training images, the first of `images`.
+        widths, activation, gain: the network is tall_skinny((pixels, *widths, classes)) with the activation of torch.nn.
+        batch: images a step. steps, epochs, seconds: the budget; what is used up first ends the run. seconds are those of training alone.
+        target: end when the loss of a batch falls below it.
+        validate_every, checkpoint_every: in steps; validation also before the first and after the last.
+        seed: of the weights, the order of the images and their crops; which images are used does not depend on it.
+        workers: processes that read images (results do not depend on it).
+    """
+
+    method: str = "GaussNewton"
+    rate: float = 1.0
+    momentum: float = 0.0
+    options: dict = field(default_factory=dict)
+    schedule: str | None = None
+    schedule_options: dict = field(default_factory=dict)
+    dataset: str = "digits"
+    images: int | None = None
+    test: int = 0
+    probe: int = 256
+    side: int | None = None
+    gray: bool = False
+    augment: bool = False
+    fallback: str | None = None
+    widths: tuple[int, ...] = (24,) * 7
+    activation: str = "Tanh"
+    gain: float = 1.0
+    batch: int = 64
+    steps: int | None = 100
+    epochs: float | None = None
+    seconds: float | None = None
+    target: float | None = None
+    validate_every: int = 25
+    checkpoint_every: int = 100
+    seed: int = 0
+    dtype: str = "float64"
+    device: str = "cpu"
+    workers: int = 0
+
+    def __post_init__(self):
+        if self.steps is None and self.epochs is None and self.seconds is None:
+            raise ValueError("a run needs a budget: give steps, epochs or seconds")
+        for name in ("batch", "probe", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', not {self.dtype!r}")
+        if not hasattr(nn, self.activation):
+            raise ValueError(f"torch.nn has no activation {self.activation!r}: use Tanh, ReLU, Sigmoid, GELU, ...")
+        if self.schedule is not None and not hasattr(torch.optim.lr_scheduler, self.schedule):
+            raise ValueError(f"torch.optim.lr_scheduler has no {self.schedule!r}")
+        object.__setattr__(self, "widths", tuple(self.widths))
+        method_class(self.method)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """A Config from names and values, as json has them.
+
+        Raises:
+            ValueError: an unknown name, with the known ones.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown option {', '.join(map(repr, unknown))}: a run has {', '.join(known)}")
+        return cls(**values)
+
+
+def method_class(name: str) -> type:
+    ours = getattr(optim, name, None)
+    if isinstance(ours, type) and issubclass(ours, optim.Preconditioned) and ours is not optim.Preconditioned:
+        return ours
+    theirs = getattr(torch.optim, name, None)
+    if isinstance(theirs, type) and issubclass(theirs, torch.optim.Optimizer):
+        return theirs
+    raise ValueError(
+        f"unknown method {name!r}: use DampedNewton, GaussNewton, TrustRegionNewton or SaddleFreeNewton, or a class of torch.optim (SGD, Adam, ...)"
+    )
+
+
+def descent(config: Config, model: nn.Sequential) -> optim.Descent:
+    """The method of a run, on its model."""
+    cls, loss, options = method_class(config.method), nn.CrossEntropyLoss(), dict(config.options)
+    known = set(inspect.signature(cls).parameters) - {
+        "self",
+        "model",
+        "loss",
+        "optimizer",
+        "params",
+        "lr",
+        "momentum",
+    } | {"clip"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"{config.method} has no option {', '.join(map(repr, unknown))}: it has {', '.join(sorted(known))}"
+        )
+    if issubclass(cls, optim.Preconditioned):
+        inner = torch.optim.SGD(model.parameters(), lr=config.rate, momentum=config.momentum)
+        return cls(model, loss, inner, **options)
+    clip = options.pop("clip", None)
+    if config.momentum:
+        if "momentum" not in inspect.signature(cls).parameters:
+            raise ValueError(f"{config.method} has no momentum: leave it at 0")
+        options["momentum"] = config.momentum
+    return optim.GradientDescent(model, loss, cls(model.parameters(), lr=config.rate, **options), clip)

@@ -1,0 +1,124 @@
+"""The files of a run. What is written is whole or is not there: a crash leaves at most half a line, which the next start cuts off."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+import hinv
+from hinv.companion.checks import output, write_atomically
+
+from .config import Config
+from .images import RunImages
+
+UNRELATED = ("paper", "spectrum", "optim/monitor.py", "companion")  # rooms and files that no run's numbers come from
+RELATED = ("companion/training", "companion/data.py")
+
+
+def key(config: Config, images: RunImages) -> str:
+    """Hash of configuration, data, the package's sources and torch's version."""
+    digest = hashlib.sha256()
+    values = dataclasses.asdict(config) | {"workers": None, "checkpoint_every": None}  # results do not depend on these
+    digest.update(json.dumps([values, images.name, len(images.train), torch.__version__], sort_keys=True).encode())
+    for tensor in (*images.probe, *(images.test or ())):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    root = Path(hinv.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(RELATED) or not name.startswith(UNRELATED):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def home() -> Path:
+    """Where runs live: HINV_RUNS if set (so that tests and notebooks share them), else results/runs."""
+    return Path(os.environ["HINV_RUNS"]) if "HINV_RUNS" in os.environ else output("results") / "runs"
+
+
+class Folder:
+    """config.json, metrics.jsonl, step-N-HASH.pt (two of them), done.json."""
+
+    def __init__(self, path: Path):
+        self.path, self.metrics = path, path / "metrics.jsonl"
+
+    def claim(self, config: Config, images: RunImages) -> None:
+        """Make the folder this run's, or refuse it.
+
+        Raises:
+            ValueError: it holds another run; says in what they differ.
+        """
+        record = {"config": dataclasses.asdict(config), "data": images.name, "key": key(config, images)}
+        file = self.path / "config.json"
+        if not file.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(record, indent=1) + "\n")
+            return
+        there = json.loads(file.read_text())
+        if there["key"] != record["key"]:
+            old, new = there["config"], json.loads(json.dumps(record["config"]))
+            differ = [
+                f"{name} {old.get(name)!r} instead of {new[name]!r}" for name in new if old.get(name) != new[name]
+            ]
+            raise ValueError(
+                f"{self.path} holds another run ({'; '.join(differ) or 'other images, or another version of hinv or torch'}): use another folder"
+            )
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """How the run ended; None if it has not."""
+        file = self.path / "done.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, record: dict[str, Any]) -> None:
+        write_atomically(self.path / "done.json", json.dumps(record, indent=1) + "\n")
+
+    def append(self, file: BinaryIO, record: dict[str, Any]) -> None:
+        """One line of metrics, on the disk when this returns."""
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """The metrics of one kind, "step" or "validation"."""
+        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == kind]
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """A checkpoint whose name carries the digest of its contents; the two newest are kept."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+        name = f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix="unfinished-")
+        try:
+            with os.fdopen(handle, "wb") as checkpoint:
+                checkpoint.write(content)
+                checkpoint.flush()
+                os.fsync(checkpoint.fileno())
+            os.replace(temporary, self.path / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        for old in self._checkpoints()[2:]:
+            old.unlink()
+
+    def newest(self, device: str) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole."""
+        for path in self._checkpoints():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
+                return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+            warnings.warn(
+                f"checkpoint {path} is damaged (its digest differs): using the one before it", UserWarning, stacklevel=5
+            )
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.path.glob("step-*.pt"), reverse=True)

@@ -1,0 +1,87 @@
+"""The images of a run, and which of them each step sees: a function of the seed and the number of the step alone."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hinv.companion import data
+
+from .config import Config
+
+
+@dataclass
+class RunImages:
+    train: Dataset
+    probe: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor] | None
+    classes: int
+    name: str
+
+
+@functools.lru_cache(maxsize=12)
+def _loaded(**arguments) -> data.Images:
+    return data.load(**arguments)
+
+
+def images(config: Config) -> RunImages:
+    """Training, probe and test images with zero mean and unit variance by the training images' channels (of a sample of them under augmentation)."""
+    dtype, side = getattr(torch, config.dtype), config.side
+    where = {"name": config.dataset, "fallback": config.fallback}  # the same images for every seed
+    how = where | {"gray": config.gray, "side": side, "dtype": dtype}
+    if config.augment:
+        if side is None:
+            raise ValueError("random crops need side=, the size they are resized to")
+        source = data.source(**where, n=config.images)
+        sample = _loaded(**how, n=min(len(source.y), max(config.probe, 1000)), normalize=True)
+        train = data.Crops(source, side, config.gray, sample.mean, sample.std, dtype, config.seed)
+    else:
+        sample = _loaded(**how, n=config.images, normalize=True)
+        train = data.Stack(sample.x, sample.y)
+    if config.batch > len(train):
+        raise ValueError(f"a batch of {config.batch} from {len(train)} images of {sample.name}: use a smaller batch")
+    test = None
+    if config.test:
+        others = _loaded(**how, split="test", n=config.test)
+        test = (others.x - sample.mean[:, None, None]) / sample.std[:, None, None], others.y
+    return RunImages(
+        train, (sample.x[: config.probe], sample.y[: config.probe]), test, len(sample.classes), sample.name
+    )
+
+
+class Batches:
+    """Keys (epoch, number) of the batch of every step from `start` on, without end: a permutation for each epoch, seeded by it."""
+
+    def __init__(self, n: int, batch: int, seed: int, start: int):
+        self.n, self.batch, self.seed, self.start = n, batch, seed, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        each, step, epoch = self.n // self.batch, self.start, None
+        while True:
+            if epoch != step // each:
+                epoch = step // each
+                generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
+                order = torch.randperm(self.n, generator=generator).tolist()
+            first = step % each * self.batch
+            yield [(epoch, i) for i in order[first : first + self.batch]]
+            step += 1
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def loader(images: RunImages, config: Config, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches from step `start` on, without end."""
+    return iter(
+        DataLoader(
+            images.train,
+            batch_sampler=Batches(len(images.train), config.batch, config.seed, start),
+            collate_fn=_as_it_is,
+            num_workers=config.workers,
+            generator=torch.Generator(),  # the global random numbers are not the loader's
+        )
+    )

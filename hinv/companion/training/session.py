@@ -1,0 +1,187 @@
+"""The loop of a run: take up the last checkpoint, step, validate, save."""
+
+import dataclasses
+import time
+import warnings
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from hinv import optim
+from hinv.errors import NotFiniteError
+from hinv.network import tall_skinny
+
+from .config import Config, descent
+from .folder import Folder
+from .images import RunImages, loader
+
+STOPPED = "stopped at step"
+CHUNK = 1024  # images of one forward pass in validation
+
+
+class Session:
+    """A run in memory: the model, the method, the schedule and how far they got."""
+
+    def __init__(self, config: Config, images: RunImages, folder: Folder):
+        self.config, self.images, self.folder = config, images, folder
+        torch.manual_seed(config.seed)
+        pixels = images.probe[0][0].numel()
+        self.model = tall_skinny(
+            (pixels, *config.widths, images.classes),
+            getattr(nn, config.activation),
+            gain=config.gain,
+            seed=config.seed,
+            dtype=getattr(torch, config.dtype),
+        ).to(config.device)
+        self.descent = descent(config, self.model)
+        self.schedule = None
+        if config.schedule is not None:
+            self.schedule = getattr(torch.optim.lr_scheduler, config.schedule)(
+                self.descent.optimizer, **config.schedule_options
+            )
+        budget = [
+            config.steps,
+            None if config.epochs is None else int(config.epochs * (len(images.train) // config.batch)),
+        ]
+        self.last = min((b for b in budget if b is not None), default=None)
+        self.step, self.seconds, self.status = 0, 0.0, None
+        self.good: list[Tensor] | None = None  # the weights before the last step, whose loss was finite
+
+    # what happens, in order
+
+    def train(self, writer: Any, progress: bool) -> None:
+        config = self.config
+        offset = self._resume()
+        needs = self._estimate()
+        if progress:
+            print(f"{config.method} on {self.images.name}: {needs}")
+        batches = loader(self.images, config, self.step)
+        with (
+            open(self.folder.metrics, "ab") as file,
+            tqdm(
+                total=self.last, initial=self.step, desc=config.method, unit="step", disable=not progress, leave=False
+            ) as bar,
+        ):
+            file.truncate(offset)
+            while self.status is None and not self._used_up():
+                if self.step % config.validate_every == 0:
+                    self._validate(file, writer)
+                report = self._advance(next(batches))
+                if report is None:
+                    break
+                self._write(file, report, writer)
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{report['loss']:.3g}", refresh=False)
+                if (
+                    config.target is not None
+                    and min(report["loss"], report.get("loss_after", report["loss"])) < config.target
+                ):
+                    self.status = "target reached"
+                if self.step % config.checkpoint_every == 0:
+                    self._save(file)
+            self._save(file)
+            self._validate(file, writer)
+        self.folder.finish(
+            {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
+        )
+
+    def _advance(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any] | None:
+        """One step and its record; None, with the weights of the last good step, where the loss is not finite."""
+        before = [p.detach().clone() for p in self.model.parameters()]
+        start = time.perf_counter()
+        x, y = (t.to(self.config.device) for t in batch)
+        try:
+            report = self.descent.step(x.flatten(1), y)
+        except NotFiniteError as error:
+            if self.good is None:
+                raise
+            self.status = f"{STOPPED} {self.step}: {error}; the weights are those before step {self.step - 1}"
+            with torch.no_grad():
+                for p, kept in zip(self.model.parameters(), self.good, strict=True):
+                    p.copy_(kept)
+            warnings.warn(f"{self.config.method}, rate {self.config.rate:g}: {self.status}", UserWarning, stacklevel=4)
+            return None
+        self.good = before
+        rate = self.descent.optimizer.param_groups[0]["lr"]
+        if self.schedule is not None:
+            self.schedule.step()
+        self.seconds += time.perf_counter() - start
+        record = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+        record = {name: value for name, value in record.items() if value not in (None, "")}
+        return {"kind": "step", "step": self.step} | record | {"rate": rate, "elapsed": self.seconds}
+
+    def _used_up(self) -> bool:
+        config = self.config
+        return (self.last is not None and self.step >= self.last) or (
+            config.seconds is not None and self.seconds >= config.seconds
+        )
+
+    def _estimate(self) -> str:
+        """What a step needs, said (and refused, if there is too little) before the first one."""
+        if not isinstance(self.descent, optim.Preconditioned):
+            return "first-order memory"
+        x, y = self.images.probe[0][:1], self.images.probe[1][:1]
+        few = min(self.config.batch, self.descent.sample or self.config.batch)
+        x, y = x.expand(few, *x.shape[1:]).flatten(1).to(self.config.device), y.expand(few).to(self.config.device)
+        C = self.descent.kind(self.model, self.descent.loss, x, y)
+        return self.descent.estimate(C)
+
+    def _validate(self, file: BinaryIO, writer: Any) -> None:
+        record: dict[str, Any] = {"kind": "validation", "step": self.step, "elapsed": self.seconds}
+        for name, images in (("probe", self.images.probe), ("test", self.images.test)):
+            if images is not None:
+                record |= {f"{name}_{k}": v for k, v in self._score(*images).items()}
+        self._write(file, record, writer)
+
+    def _score(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Mean loss, top-1 and top-5 accuracy."""
+        loss, hits = 0.0, torch.zeros(2, dtype=torch.int64)
+        with torch.no_grad():
+            for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+                outputs, labels = self.model(part.flatten(1).to(self.config.device)), labels.to(self.config.device)
+                loss += functional.cross_entropy(outputs, labels, reduction="sum").item()
+                best = outputs.topk(min(5, outputs.shape[1]), 1).indices == labels[:, None]
+                hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+        return {"loss": loss / len(x), "top1": hits[0].item() / len(x), "top5": hits[1].item() / len(x)}
+
+    def _write(self, file: BinaryIO, record: dict[str, Any], writer: Any) -> None:
+        self.folder.append(file, record)
+        if writer is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in ("step", "elapsed"):
+                    writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    # checkpoints
+
+    def _save(self, file: BinaryIO) -> None:
+        """Weights, method, schedule and random state after `step` steps."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "status": self.status,
+            "good": self.good,
+            "offset": file.tell(),
+            "model": self.model.state_dict(),
+            "descent": self.descent.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "random": torch.get_rng_state(),
+        }
+        self.folder.save(self.step, state)
+
+    def _resume(self) -> int:
+        """Take up the newest checkpoint; returns the length of metrics.jsonl then."""
+        state = self.folder.newest(self.config.device)
+        if state is None:
+            return 0
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.status, self.good = state["status"], state["good"]
+        self.model.load_state_dict(state["model"])
+        self.descent.load_state_dict(state["descent"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"].cpu())
+        return state["offset"]

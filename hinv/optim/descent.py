@@ -1,0 +1,126 @@
+"""What all methods share: one step of a torch optimizer along a direction, and the report of it; the first-order baseline."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from hinv.errors import NotFiniteError
+from hinv.network import losses
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did; None where the method does not know, or did not measure it (see `Preconditioned`).
+
+    `loss` of the batch before, `loss_after` on the same batch; `decrease` predicted by the model, `ratio` rho; `damping` of the factorization used;
+    `step_norm` of the step taken (0 if taken back); `inertia` of C + damping I; `factorizations` and `seconds` it took; `note`: why it is not the
+    plain step of its method.
+    """
+
+    loss: float
+    loss_after: float | None = None
+    decrease: float | None = None
+    ratio: float | None = None
+    damping: float | None = None
+    step_norm: float | None = None
+    inertia: tuple[int, int, int] | None = None
+    accepted: bool = True
+    factorizations: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Direction:
+    """d, and what it came from."""
+
+    d: Tensor
+    inertia: tuple[int, int, int] | None = None
+    factorizations: int = 0
+    note: str = ""
+
+
+class Descent:
+    """What all methods share: the torch optimizer behind them, clipping, acceptance, state.
+
+    Args:
+        model, loss: as `hinv.Hessian` takes them.
+        optimizer: a torch.optim.Optimizer over the model's parameters, which takes the direction for a gradient; SGD(lr=1) by default.
+        clip: largest norm of the direction (as torch.nn.utils.clip_grad_norm_).
+    """
+
+    def __init__(
+        self, model: nn.Sequential, loss: losses.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
+    ):
+        self.model, self.loss = model, loss
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter: set requires_grad=True on some")
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1.0) if optimizer is None else optimizer
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in held} != {id(p) for p in self.parameters}:
+            raise ValueError("the optimizer must hold exactly the model's trainable parameters: build it from them")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be a positive number or None, not {clip}")
+        self.clip = clip
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+        with torch.enable_grad():
+            value = losses.value(self.loss, self.model(inputs), targets)
+            gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
+        g = parameters_to_vector(g.contiguous() for g in gradient)
+        if not g.isfinite().all():
+            raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
+        return value.item(), g
+
+    def _move(self, d: Tensor) -> None:
+        """One step of the torch optimizer with d in place of the gradient."""
+        pieces = d.split([p.numel() for p in self.parameters])
+        for p, piece in zip(self.parameters, pieces, strict=True):
+            p.grad = piece.view_as(p)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _position(self) -> Tensor:
+        return parameters_to_vector(self.parameters).detach()
+
+    def state_dict(self) -> dict:
+        """Everything the next step depends on, as torch.save and torch.load(weights_only=True) take it. The model's weights are not in it."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class GradientDescent(Descent):
+    """The baseline: one step of any torch optimizer. It computes nothing more than the step, so the report has only `loss` and `seconds`.
+
+    Example:
+        >>> descent = GradientDescent(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
+        >>> descent.step(x, y).loss
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        loss: losses.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+    ):
+        super().__init__(model, loss, optimizer, clip)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = losses.value(self.loss, self.model(inputs), targets)
+            loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        return StepReport(loss.item(), seconds=time.perf_counter() - start)

@@ -1,0 +1,86 @@
+"""Every eigenvalue by its absolute value."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hinv.curvature import Curvature, Hessian
+from hinv.errors import SingularShiftError
+from hinv.solver.estimate import require
+
+from .descent import Direction
+from .preconditioned import Preconditioned
+
+
+class SaddleFreeNewton(Preconditioned):
+    """(|H| + eps I)^-1 g: every eigenvalue by its absolute value, so that saddles repel.
+
+    Args:
+        pairs: how many eigenpairs of largest magnitude Lanczos finds (ARPACK, to 10 percent); the rest of the gradient is divided by the magnitude of
+            the curvature along it. None: all of them, by a dense eigendecomposition, for small networks.
+
+    Cost: some 3 `pairs` products with H a step; with None O(P^3).
+    """
+
+    kind = Hessian
+
+    def __init__(
+        self,
+        model,
+        loss,
+        optimizer=None,
+        clip=None,
+        damping=0.1,
+        adapt=3.0,
+        pairs=20,
+        every=1,
+        accept=True,
+        sample=None,
+    ):
+        super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
+        P = sum(p.numel() for p in self.parameters)
+        if pairs is not None and not 1 <= pairs < P:
+            raise ValueError(f"pairs must lie between 1 and {P - 1} (or be None for all), not {pairs}")
+        self.pairs = pairs
+
+    def estimate(self, C: Curvature) -> str:
+        prediction = C.estimate()
+        if self.pairs is None:
+            require(prediction, "dense", C.device)
+            return str(replace(prediction, method="dense"))
+        P = prediction.parameters
+        size = 8 * P * (max(2 * self.pairs + 1, 20) + self.pairs)  # ARPACK's basis and the vectors it returns, float64
+        return f"{P:,} parameters, batch {prediction.batch}: Lanczos, about {size / 2**20:,.0f} MiB"
+
+    def _direct(self, H: Curvature, g: Tensor) -> Direction:
+        self._keep(H)
+        return self._again(g)
+
+    def _keep(self, H: Curvature) -> None:
+        from scipy.sparse.linalg import ArpackError, eigsh
+
+        g = H.gradient
+        if self.pairs is None:
+            require(H.estimate(), "dense", H.device)
+            values, self._vectors = torch.linalg.eigh(H.dense())
+            self._rest = 0.0
+        else:
+            v0 = (g / g.norm()).cpu().double().numpy()
+            try:
+                values, vectors = eigsh(H.to_scipy(), self.pairs, which="LM", tol=0.1, v0=v0)
+            except ArpackError as error:
+                raise SingularShiftError(str(error)) from error
+            values, self._vectors = (torch.as_tensor(a).to(g) for a in (values, vectors))
+            rest = g - self._vectors @ (self._vectors.T @ g)
+            self._rest = abs((rest @ (H @ rest)).item()) / max((rest @ rest).item(), torch.finfo(g.dtype).tiny)
+        self._values = values.abs()
+        self._negative = int((values < 0).sum()) if self.pairs is None else None
+
+    def _again(self, g: Tensor) -> Direction:
+        inner = self._vectors.T @ g
+        d = self._vectors @ (inner / (self._values + self._used))
+        if self.pairs is not None:
+            d = d + (g - self._vectors @ inner) / (self._rest + self._used)
+        inertia = None if self._negative is None else (len(g) - self._negative, self._negative, 0)
+        return Direction(d, inertia)

@@ -1,0 +1,147 @@
+"""A whole data set: products summed over its batches (curvlinops), and estimates where an exact answer is out of reach."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .eigenpairs import Eigenpairs
+from .loader import Batches, check_loader
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Mean of independent estimates of the trace, their standard error, how many there were, and the products with the matrix they cost."""
+
+    value: float
+    standard_error: float
+    estimates: int
+    products: int
+
+
+class DataHessian:
+    """Hessian of a loss over a whole data set: products summed over the batches of a loader, by curvlinops; estimates instead of exact answers.
+
+    It follows the weights of the model, unlike `Hessian`, which takes a copy.
+
+    Args:
+        model: any nn.Module (eval mode: layers must not be random or mix samples).
+        loss: with `reduction` "mean" (over samples) or "sum", for example CrossEntropyLoss or MSELoss.
+        loader: a DataLoader without shuffling, or a list of batches (inputs, targets). Batches may differ in size.
+
+    Raises:
+        TypeError, ValueError: a loader that is empty, shuffled, or gone after one pass; NaN in a batch, by number; a loss whose mean is not over
+            samples; a model or loader that does not repeat itself.
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, loader):
+        from curvlinops import HessianLinearOperator
+
+        check_loader(loader)
+        if getattr(loss, "reduction", None) not in ("mean", "sum"):
+            raise TypeError(
+                f"the loss must have reduction 'mean' or 'sum', so that batches can be added up; {loss} has none of them"
+            )
+        by_weight = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) and loss.reduction == "mean"
+        if by_weight and loss.weight is not None:
+            raise ValueError(
+                "this loss divides by the class weights of a batch, so its batches do not add up: use reduction='sum'"
+            )
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("the model has no trainable parameter: set requires_grad=True on some")
+        try:
+            self.operator = HessianLinearOperator(
+                model, loss, self._parameters, Batches(loader, loss if by_weight else None)
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"model or data do not repeat themselves: call model.eval(), no random augmentation. curvlinops says: {error}"
+            ) from error
+        self.shape = tuple(self.operator.shape)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """H v for v (P,) or (P, k): one pass over the data."""
+        if v.ndim not in (1, 2) or len(v) != self.shape[0]:
+            raise ValueError(
+                f"the factor has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)"
+            )
+        out = self.operator @ v
+        if not out.isfinite().all():
+            raise ArithmeticError(
+                "the product is not finite: the loss or its derivatives overflow somewhere in the data"
+            )
+        return out
+
+    def eigsh(self, k: int = 1, which: str = "LA") -> Eigenpairs:
+        """k eigenpairs by ARPACK on products; not certified, as without a factorization nothing proves that none was skipped."""
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        P, first = self.shape[0], self._parameters[0]
+        if not 1 <= k < P:
+            raise ValueError(f"k must be from 1 to {P - 1} (P - 1), not {k}")
+        with tqdm(desc="Lanczos", unit="product", delay=3, leave=False, disable=None) as bar:
+
+            def matvec(v: np.ndarray) -> np.ndarray:
+                bar.update()
+                return (self @ torch.as_tensor(v.reshape(-1), dtype=first.dtype, device=first.device)).cpu().numpy()
+
+            operator = LinearOperator(self.shape, matvec=matvec, dtype=torch.empty(0, dtype=first.dtype).numpy().dtype)
+            values, vectors = eigsh(operator, k, which=which, v0=np.random.default_rng(0).standard_normal(P))
+        values, vectors = torch.as_tensor(values.copy()), torch.as_tensor(vectors.copy())
+        residuals = torch.linalg.vector_norm((self @ vectors.to(first)).cpu() - vectors * values, dim=0)
+        return Eigenpairs(
+            values, vectors, residuals, False, "by ARPACK on products; a data set has no factorization to certify it"
+        )
+
+    def trace(self, method: str = "xtrace", products: int = 300, seed: int = 0) -> TraceEstimate:
+        """Trace by curvlinops' "hutchinson", "hutch++" or "xtrace", with the standard error of independent estimates (5 for the last two).
+
+        After Ctrl-C what was reached is returned, with a warning.
+        """
+        from curvlinops import hutchinson_trace, hutchpp_trace, xtrace
+
+        methods = {
+            "hutchinson": (hutchinson_trace, 1),
+            "hutch++": (hutchpp_trace, products // 15 * 3),
+            "xtrace": (xtrace, products // 10 * 2),
+        }
+        if method not in methods:
+            raise ValueError(f"method must be one of {', '.join(methods)}, not {method!r}")
+        function, each = methods[method]
+        if each < 1 or products // each < 2 or each >= self.shape[0]:
+            raise ValueError(
+                f"{products} products are too few for two estimates, or one of them would take all {self.shape[0]} and more: choose products so "
+                "that an estimate takes fewer (a fifth of them for 'xtrace' and 'hutch++')"
+            )
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                for _ in tqdm(
+                    range(products // each), desc="trace", unit="estimate", delay=3, leave=False, disable=None
+                ):
+                    found.append(function(self.operator, num_matvecs=each).item())
+            except KeyboardInterrupt:
+                if len(found) < 2:
+                    raise
+                warnings.warn(
+                    f"interrupted after {len(found)} of {products // each} estimates", UserWarning, stacklevel=2
+                )
+        if not np.isfinite(found).all():
+            raise ArithmeticError("the trace is not finite: the loss or its derivatives overflow somewhere in the data")
+        error = float(np.std(found, ddof=1) / len(found) ** 0.5)
+        return TraceEstimate(float(np.mean(found)), error, len(found), len(found) * each)
+
+    def density(self, steps: int = 64, points: int = 512, repeats: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """(grid, density) of the eigenvalues by stochastic Lanczos quadrature (curvlinops): smoothed, and not to be read as counts."""
+        from curvlinops import lanczos_approximate_spectrum
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return lanczos_approximate_spectrum(
+                self.operator, min(steps, self.shape[0] - 1), num_points=points, num_repeats=repeats
+            )

@@ -1,0 +1,115 @@
+"""The exact diagonal, its blocks and the trace in O(L), without a factorization.
+
+They need the loss's second derivative alone. Block-diagonal over samples, it goes backwards by V_{l-1} = G_l + A_l^T V_l A_l (no elimination), and the
+block of stage l is E_l + sum_n J_ln^T V_ln J_ln.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hinv.network import Derivatives, Stage, derivatives, losses
+from hinv.network.stages import elementwise
+from hinv.solver.products import Products
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stage's diagonal block, E + sum_n J_n^T V_n J_n, as functions of what is asked."""
+
+    stage: Stage
+    diagonal: Callable[[], Tensor]
+    dense: Callable[[], Tensor]
+    norm: Callable[[], Tensor]  # Frobenius
+
+
+def blocks(H: Products) -> Iterator[Block]:
+    """The blocks of the stages with parameters, from the last to the first, one alive at a time."""
+    chain, live = H.chain, H.chain.live
+    V = losses.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
+    for number, stage in reversed(list(enumerate(live))):
+        if stage.kind == "elementwise":
+            slope, bend = elementwise(stage)
+            V = V * slope.unsqueeze(1) * slope.unsqueeze(2)
+            if not H.gauss_newton:
+                V.diagonal(dim1=1, dim2=2).add_(bend)
+            continue
+        if stage.kind == "linear":
+            yield _linear(stage, V)
+            W = stage.module.weight.detach()
+            V = W.T @ V @ W if number else None
+            continue
+        D = derivatives(stage, wrt_input=number > 0)
+        if stage.parameters:
+            yield _general(stage, D, V, H.gauss_newton)
+        if number:
+            V = D.A.mT @ V @ D.A if H.gauss_newton else D.G + D.A.mT @ V @ D.A
+
+
+def _linear(stage: Stage, V: Tensor) -> Block:
+    """sum_n V_n kron (z~_n z~_n^T), z~ = [z, 1]: nothing of size p x p unless `dense` is called."""
+    z, bias = stage.inputs, stage.module.bias is not None
+    a_out, a_in = stage.module.weight.shape
+
+    def diagonal() -> Tensor:
+        units = V.diagonal(dim1=1, dim2=2)  # (B, a_out)
+        weights = (units.T @ z.square()).flatten()
+        return torch.cat([weights, units.sum(0)]) if bias else weights
+
+    def dense() -> Tensor:
+        rows = torch.cat([z, torch.ones_like(z[:, :1])], 1) if bias else z
+        full = torch.einsum("nop,nd,ne->odpe", V, rows, rows).reshape(a_out * rows.shape[1], -1)
+        if not bias:
+            return full
+        index = torch.arange(len(full), device=full.device).reshape(a_out, a_in + 1)
+        order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+        return full[order][:, order]
+
+    def norm() -> Tensor:
+        inner = z @ z.T + float(bias)
+        flat = V.flatten(1)
+        return ((flat @ flat.T) * inner.square()).sum().clamp_min(0.0).sqrt()
+
+    return Block(stage, diagonal, dense, norm)
+
+
+def _general(stage: Stage, D: Derivatives, V: Tensor, gauss_newton: bool) -> Block:
+    def diagonal() -> Tensor:
+        out = ((V @ D.J) * D.J).sum((0, 1))
+        return out if gauss_newton else out + D.E.diagonal()
+
+    def dense() -> Tensor:
+        out = D.J.flatten(0, 1).T @ (V @ D.J).flatten(0, 1)
+        return out if gauss_newton else out + D.E
+
+    return Block(stage, diagonal, dense, lambda: torch.linalg.matrix_norm(dense()))
+
+
+def diagonal(H: Products) -> Tensor:
+    return torch.cat([block.diagonal() for block in blocks(H)][::-1])
+
+
+def by_stage(H: Products) -> dict[str, dict[str, float]]:
+    """`Curvature.by_stage`."""
+    out = {}
+    for block in blocks(H):
+        out[block.stage.name] = {
+            "parameters": len(block.stage.x),
+            "trace": block.diagonal().sum().item(),
+            "norm": block.norm().item(),
+        }
+    return dict(reversed(out.items()))
+
+
+def block(H: Products, stage: str | int) -> Tensor:
+    names = [s.name for s in H.chain.live if s.parameters]
+    if isinstance(stage, int) and -len(names) <= stage < len(names):
+        stage = names[stage]
+    for candidate in blocks(H):
+        if candidate.stage.name == stage:
+            return candidate.dense()
+    raise ValueError(
+        f"no stage {stage!r} with parameters: use one of {', '.join(map(repr, names))}, or its number from 0 to {len(names) - 1}"
+    )

@@ -1,0 +1,189 @@
+"""Eigenpairs with a certificate: ARPACK finds them, two exact counts prove that none was skipped."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hinv.errors import CertificateWarning, SingularShiftError
+from hinv.solver.matrix import Matrix
+
+from .counts import count_below
+
+ROUNDS = 6  # searches for eigenvalues that the count says are missing
+ACCURATE = 1e-7  # of the norm of H: the largest residual |H v - lambda v| of a certified pair
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """k eigenvalues (loss / parameter^2) in ascending order with their vectors (P, k) and residuals |H v - lambda v| (k,).
+
+    `certified`: inertia counts prove that these are the k wanted ones, none skipped and none twice (of a cluster at the edge of what was wanted, within
+    rounding of the last value, as many as there was room for), with residuals below 1e-7 |H|; `note` says what was counted, or what is missing.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    certified: bool
+    note: str
+
+
+def find(H: Matrix, k: int, which: str = "LA", sigma: float | None = None) -> Eigenpairs:
+    """`Curvature.eigsh`."""
+    P, H = H.shape[0], H.double()
+    if sigma is None and which not in ("LA", "SA", "LM"):
+        raise ValueError(f"which must be 'LA' (largest), 'SA' (smallest) or 'LM' (largest magnitude), not {which!r}")
+    if not 1 <= k < P:
+        raise ValueError(
+            f"k must be from 1 to {P - 1} (P - 1), not {k}; for all eigenvalues use torch.linalg.eigvalsh(H.dense())"
+        )
+    region = _Region(H, which, sigma)
+    values, vectors = torch.zeros(0, dtype=torch.float64), torch.zeros(P, 0, dtype=torch.float64)
+    residuals, certified, note, missing = values, False, "", k
+    for _ in range(ROUNDS):
+        new = region.search(min(missing, k, P - len(values)), vectors)
+        if new.shape[1] == 0:
+            break
+        values, vectors = _rayleigh_ritz(H, torch.cat([vectors, new], 1))
+        rank = region.measure(values).argsort(descending=True)
+        values, vectors = values[rank], vectors[:, rank]
+        if len(values) < k:
+            missing = k - len(values)
+            continue
+        values, vectors = values[:k], vectors[:, :k]
+        residuals = torch.linalg.vector_norm(H @ vectors - vectors * values, dim=0)
+        try:
+            missing, note = region.missing(values, residuals)
+        except (SingularShiftError, MemoryError) as error:
+            note = f"not certified: {error}"
+            break
+        certified = missing == 0
+        if missing <= 0:
+            break
+    if len(values) < k:
+        raise ArithmeticError(
+            f"ARPACK found {len(values)} of {k} eigenvalues; try fewer, or sigma next to the ones you want"
+        )
+    worst, scale = residuals.max().item(), max(values.abs().max().item(), abs(sigma or 0.0))
+    if certified and worst > ACCURATE * max(scale, region.norm):
+        certified, note = False, f"{note}, but the largest residual is {worst:.1e}"
+    if not certified:
+        warnings.warn(note, CertificateWarning, stacklevel=3)
+    values, order = values.sort()
+    return Eigenpairs(values, vectors[:, order], residuals[order], certified, note)
+
+
+class _Region:
+    """What is wanted, as a measure whose k largest values they are, with a search by ARPACK and an exact count of what exceeds a threshold."""
+
+    def __init__(self, H: Matrix, which: str, sigma: float | None):
+        self.H, self.which, self.sigma = H, which, sigma
+        self.inverse = None if sigma is None else H.factor(-sigma, dtype=torch.float64)
+        g = H.gradient
+        self.norm = (H @ g).norm().item() / max(g.norm().item(), 1e-300)  # a lower bound, of the right size for margins
+
+    def measure(self, values: Tensor) -> Tensor:
+        if self.sigma is not None:
+            return -(values - self.sigma).abs()
+        return {"LA": values, "SA": -values, "LM": values.abs()}[self.which]
+
+    def solve(self, v: Tensor) -> Tensor:
+        """(H - sigma I)^-1 v, refined once: next to a cluster the factorization alone loses the pairs further away."""
+        x = self.inverse.solve(v)
+        return x + self.inverse.solve(v - (self.H @ x - self.sigma * x))
+
+    def search(self, k: int, known: Tensor) -> Tensor:
+        """Up to k vectors (P, k) orthogonal to the known ones."""
+        from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+
+        known, P = known.numpy(), len(known)
+        apply = (lambda v: self.H @ v) if self.inverse is None else self.solve
+        # where the known ones go: out of the way of what is wanted
+        far = 0.0
+        if self.inverse is None and known.shape[1]:
+            far = (
+                {"LA": -1.0, "SA": 1.0, "LM": 0.0}[self.which] * 10.0 * (self.H @ torch.from_numpy(known)).norm().item()
+            )
+
+        def matvec(v: np.ndarray) -> np.ndarray:
+            v = v.reshape(-1)
+            inside = known.T @ v
+            image = apply(torch.from_numpy(v - known @ inside)).numpy()
+            return image - known @ (known.T @ image) + known @ (far * inside)
+
+        operator = LinearOperator((P, P), matvec=matvec, dtype=np.float64)
+        generator = np.random.default_rng(known.shape[1])
+        start = generator.standard_normal(P)
+        start -= known @ (known.T @ start)
+        room = P - known.shape[1]
+        if k >= room:  # all that is left
+            vectors = np.linalg.svd(known, full_matrices=True)[0][:, known.shape[1] :]
+            return torch.from_numpy(np.ascontiguousarray(vectors))
+        which, ncv = self.which if self.inverse is None else "LM", max(2 * k + 1, 40)
+        for width in (ncv, 3 * ncv, 9 * ncv):
+            try:
+                vectors = eigsh(operator, k, which=which, v0=start, ncv=min(P, width), tol=1e-10)[1]
+                break
+            except ArpackNoConvergence as error:
+                vectors = error.eigenvectors
+                break
+            except ArpackError as error:
+                vectors = np.zeros((P, 0))
+                if "-9:" in str(
+                    error
+                ):  # the start is mapped to zero: so is all that is left, and any vectors there are eigenvectors
+                    vectors = np.linalg.qr(generator.standard_normal((P, k)))[0]
+                    break
+                # "no shifts could be applied", in a cluster: more room helps
+        return torch.from_numpy(np.ascontiguousarray(vectors - known @ (known.T @ vectors)))
+
+    def missing(self, values: Tensor, residuals: Tensor) -> tuple[int, str]:
+        """How many of the wanted eigenvalues are not among these k, and the counts that say so.
+
+        At least k lie up to just beyond the last one, and before it as many as were found: the last may be one of many that are equal.
+        """
+        scale = max(values.abs().max().item(), abs(self.sigma or 0.0), self.norm)
+        margin = max(10.0 * residuals.max().item(), 1e-10 * scale) or 1e-10
+        worst = self.measure(values).min().item()
+        outer, enough = self._beyond(worst, -margin)
+        if enough == len(values):
+            return 0, f"{enough} eigenvalues {self.describe(outer)} by inertia, {len(values)} found"
+        inner, exact = self._beyond(worst, margin)
+        found = int((self.measure(values) > inner).sum())
+        note = f"{exact} eigenvalues {self.describe(inner)} by inertia, {found} found; {enough} {self.describe(outer)}"
+        return max(exact - found, len(values) - enough, 0) or -int(exact < found), note
+
+    def _beyond(self, worst: float, margin: float) -> tuple[float, int]:
+        """A threshold beside the last value where H can be factored, and how many eigenvalues exceed it."""
+        for attempt in range(4):
+            threshold = worst + margin * 3.0**attempt
+            try:
+                return threshold, self._exceeding(threshold)
+            except SingularShiftError as error:
+                last = error
+        raise last
+
+    def _exceeding(self, t: float) -> int:
+        H, P = self.H, self.H.shape[0]
+        if self.sigma is not None:
+            return 0 if t >= 0 else count_below(H, self.sigma - t) - count_below(H, self.sigma + t)
+        if self.which == "LA":
+            return P - count_below(H, t)
+        if self.which == "SA":
+            return count_below(H, -t)
+        return P if t <= 0 else P - count_below(H, t) + count_below(H, -t)
+
+    def describe(self, t: float) -> str:
+        if self.sigma is not None:
+            return f"within {-t:.6g} of {self.sigma:g}"
+        return {"LA": f"above {t:.6g}", "SA": f"below {-t:.6g}", "LM": f"of magnitude above {t:.6g}"}[self.which]
+
+
+def _rayleigh_ritz(H: Matrix, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The best eigenpairs of H in the span of a basis (P, k)."""
+    basis = torch.linalg.qr(basis)[0]
+    values, inner = torch.linalg.eigh(basis.T @ (H @ basis))
+    return values, basis @ inner
