@@ -11,6 +11,7 @@ from hinv import paper, spectrum
 from hinv.errors import AccuracyWarning
 from hinv.network import Chain, losses
 from hinv.network.stages import check as check_stage
+from hinv.shapes import Float, Int
 from hinv.solve import SolveReport, solve
 from hinv.solver.matrix import Matrix, checked_damping
 
@@ -66,7 +67,7 @@ class Curvature(Matrix):
         """
         return spectrum.count_below(self, shift)
 
-    def counts(self, edges: Sequence[float]) -> Tensor:
+    def counts(self, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tensor, " bins"]:
         """Exact histogram: how many eigenvalues lie in each of the intervals between n + 1 increasing edges, (n,) int64.
 
         One factorization for each edge, with a progress bar when it takes long. After Ctrl-C the edges counted so far are kept.
@@ -108,7 +109,7 @@ class Curvature(Matrix):
         """
         return spectrum.find(self, k, which, sigma)
 
-    def diagonal(self) -> Tensor:
+    def diagonal(self) -> Float[Tensor, " P"]:
         """(P,) the exact diagonal, in O(L) without a factorization: the loss's second derivative goes backwards sample by sample."""
         return spectrum.diagonal(self)
 
@@ -116,7 +117,7 @@ class Curvature(Matrix):
         """The exact trace (loss / parameter^2), in O(L)."""
         return self.diagonal().sum().item()
 
-    def block(self, stage: str | int) -> Tensor:
+    def block(self, stage: str | int) -> Float[Tensor, "p p"]:
         """(p_l, p_l) the exact diagonal block of one stage, by its name or its number among the stages with parameters.
 
         Raises:
@@ -130,7 +131,9 @@ class Curvature(Matrix):
 
     # -- solves (`hinv.solve`) -----------------------------------------------------------------------------------------
 
-    def solve(self, b: Tensor, damping: float = 1e-2, method: str = "auto", rtol: float | None = None) -> Tensor:
+    def solve(
+        self, b: Float[Tensor, "P *k"], damping: float = 1e-2, method: str = "auto", rtol: float | None = None
+    ) -> Float[Tensor, "P *k"]:
         """x with (H + damping I) x = b, its residual measured with an independent product.
 
         Source: `hinv.solver.factor` ("factor"); arXiv:2601.06096, (13) eq:unified-system and Algorithm 1 ("tridiagonal"); version 1's Q and A ("woodbury").

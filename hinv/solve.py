@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hinv import paper
 from hinv.errors import SingularShiftError
+from hinv.shapes import Float
 from hinv.solver import krylov
 from hinv.solver.matrix import Matrix
 from hinv.solver.refine import Apply, preconditioned_gmres, refined
@@ -49,14 +50,14 @@ METHODS: dict[str, Callable[[Any, float, float], Apply]] = {
     "tridiagonal": lambda H, damping, rtol: paper.tridiagonal(H, damping),
     "woodbury": lambda H, damping, rtol: paper.woodbury(H, damping),
     "dense": krylov.dense,
-    "minres": krylov.krylov("minres"),
-    "cg": krylov.krylov("cg"),
+    "minres": lambda H, damping, rtol: krylov.Iteration(H, damping, rtol, "minres"),
+    "cg": lambda H, damping, rtol: krylov.Iteration(H, damping, rtol, "cg"),
 }
 
 
 def solve(
-    H: Matrix, b: Tensor, damping: float, method: str = "auto", rtol: float | None = None
-) -> tuple[Tensor, SolveReport, str]:
+    H: Matrix, b: Float[Tensor, "P *k"], damping: float, method: str = "auto", rtol: float | None = None
+) -> tuple[Float[Tensor, "P *k"], SolveReport, str]:
     """x like b, the report, and what there is to warn of ("" for nothing). b is checked already; see `hinv.Hessian.solve`."""
     if method != "auto" and method not in METHODS:
         raise ValueError(f"unknown method {method!r}: use 'auto', {', '.join(map(repr, METHODS))}")
@@ -71,10 +72,10 @@ def solve(
     if method == "auto":
         x, report, remarks = _automatic(H, b / size, damping, rtol)
     else:
-        apply = METHODS[method](H, damping, rtol)
+        apply: Any = METHODS[method](H, damping, rtol)
         x, residual, steps = refined(H, apply, b / size, damping, rtol)
         report = SolveReport(method, damping, residual, steps)
-        remarks = [apply.remark()] if hasattr(apply, "remark") else []
+        remarks = [apply.remark()] if isinstance(apply, krylov.Iteration) else []
     if not report.residual <= rtol:
         remarks.append(
             f"relative residual {report.residual:.1e} after {report.refinements} refinements, rtol {rtol:.0e} not reached"
@@ -82,7 +83,9 @@ def solve(
     return x * size, report, "; ".join(filter(None, remarks))
 
 
-def _automatic(H: Matrix, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, SolveReport, list[str]]:
+def _automatic(
+    H: Matrix, b: Float[Tensor, "P *k"], damping: float, rtol: float
+) -> tuple[Float[Tensor, "P *k"], SolveReport, list[str]]:
     """The cheapest direct method; then GMRES with it as preconditioner; then SuperLU on K. The report names all that were needed."""
     remarks: list[str] = []
     chosen = "dense" if H.estimate().method == "dense" else "factor"

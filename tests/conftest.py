@@ -2,13 +2,28 @@
 
 import copy
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
 
-from hinv import tall_skinny
+jaxtyping.install_import_hook("hinv", "beartype.beartype")  # types and shapes are enforced at every call
+
+from hinv import tall_skinny  # noqa: E402
 
 torch.set_num_threads(1)  # pytest runs one process a core
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error::hinv.AccuracyWarning")
+
+
+@pytest.fixture
+def unenforced():
+    """For tests of what hinv itself says of wrong arguments, which the enforced types would refuse first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Residual(nn.Module):

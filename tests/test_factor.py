@@ -242,6 +242,7 @@ print(((H @ step + 0.1 * step - H.gradient).norm() / H.gradient.norm()).item())
 
 
 @pytest.mark.parametrize("kind", (Hessian, GGN))
+@pytest.mark.usefixtures("unenforced")
 def test_right_hand_sides_are_checked(kind):
     H = kind(*build("one layer"))
     for F in (H.factor(0.1), factor.Factor(H.structure(H.dtype), 0.1, H.__matmul__)):

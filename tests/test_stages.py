@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxtyping
 import pytest
 import torch
 from conftest import ElementaryLayerNorm, build, relative
@@ -159,3 +160,8 @@ def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
     monkeypatch.setattr(f"hinv.network.stages.{name}", scaled)
     with pytest.raises(RuntimeError, match="disagree"):
         derivatives(stage)
+
+
+def test_types_and_shapes_are_enforced_while_tests_run():
+    with pytest.raises(jaxtyping.TypeCheckError, match="semidefinite"):
+        losses.semidefinite(torch.ones(2))

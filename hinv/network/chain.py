@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv.errors import NotFiniteError
+from hinv.shapes import Float
 
 from . import losses
 from .door import check_independent, check_model, check_tensors, flatten
@@ -52,7 +53,7 @@ class Chain:
         self._backward()
 
     @property
-    def outputs(self) -> Tensor:
+    def outputs(self) -> Float[Tensor, "B ..."]:
         """(B, ...) what the loss sees."""
         return self.stages[-1].outputs
 

@@ -1,5 +1,7 @@
 """What the structure cannot take is refused here, by name and with the remedy, so that nothing behind this door needs to check again."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
@@ -23,7 +25,7 @@ def flatten(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module
     return out
 
 
-def _is_sequential(module: nn.Module) -> bool:
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv.errors import NotFiniteError
+from hinv.shapes import Float
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,7 +55,7 @@ def check_targets(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         raise ValueError("targets contain NaN or infinite values")
 
 
-def value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+def value(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[Tensor, ""]:
     """The scalar loss, refused if it is not a finite differentiable scalar."""
     try:
         out = loss(outputs, targets)
@@ -72,12 +73,12 @@ def value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return out.reshape(())
 
 
-def gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+def gradient(loss: Loss, outputs: Float[Tensor, "B *C"], targets: Tensor) -> Float[Tensor, "B *C"]:
     """b_L = d loss / d outputs, shaped like the outputs."""
     return _gradient_graph(loss, outputs, targets)[0].detach()
 
 
-def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+def curvature(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[Tensor, "B C C"]:
     """V_L: (B, C, C), the Hessian of the loss with respect to each sample's flattened outputs. C backward passes."""
     product = products(loss, outputs, targets)
     batch, classes = len(outputs), outputs[0].numel()
@@ -89,7 +90,7 @@ def curvature(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(columns, dim=2)
 
 
-def convex(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+def convex(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> bool:
     """Whether V_L is positive semidefinite at these outputs (to rounding)."""
     known = diagonal_minus_rank_one(loss, outputs, targets)
     if known is not None:
@@ -97,12 +98,12 @@ def convex(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
     return semidefinite(torch.linalg.eigvalsh(curvature(loss, outputs, targets)))
 
 
-def semidefinite(values: Tensor) -> bool:
+def semidefinite(values: Float[Tensor, "B C"]) -> bool:
     """Whether these eigenvalues (B, C) are those of positive semidefinite matrices, to rounding."""
     return bool(values.min() >= -100 * values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max())
 
 
-def root(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+def root(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[Tensor, "B C r"]:
     """R: (B, C, r) with V_n = R_n R_n^T, for a loss that is convex in the outputs.
 
     Softmax: V_n = W (I - a a^T) W with W = sqrt(diag(w)) and the unit vector a = u / sqrt(w). The reflection that takes a to the axis of its largest
@@ -138,7 +139,9 @@ def root(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 NOT_CONVEX = "the loss is not convex in the outputs here, and the dual form needs it: use method='factor'"
 
 
-def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def diagonal_minus_rank_one(
+    loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"] | None] | None:
     """(w, u), each (B, C), with V_n = diag(w_n) - u_n u_n^T, for losses known to have this form on (B, C) outputs; else None.
 
     Cross-entropy: V_n = omega_n (diag(p_n) - p_n p_n^T), p the softmax and omega_n the sample's weight in the loss. Squared error and
@@ -162,7 +165,7 @@ def diagonal_minus_rank_one(loss: Loss, outputs: Tensor, targets: Tensor) -> tup
     return None
 
 
-def _softmax_weights(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor) -> Tensor:
+def _softmax_weights(loss: nn.CrossEntropyLoss, outputs: Float[Tensor, "B C"], targets: Tensor) -> Float[Tensor, " B"]:
     """omega (B,): the factor of each sample's logsumexp in the reduced loss."""
     classes, smooth = outputs.shape[1], loss.label_smoothing
     weight = torch.ones_like(outputs[0]) if loss.weight is None else loss.weight
@@ -208,7 +211,9 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
             raise ValueError("the loss couples samples of the batch; it must be a sum or a mean of one term per sample")
 
 
-def _gradient_graph(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_graph(
+    loss: Loss, outputs: Float[Tensor, "B *C"], targets: Tensor
+) -> tuple[Float[Tensor, "B *C"], Float[Tensor, "B *C"]]:
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
         scalar = value(loss, leaf, targets)

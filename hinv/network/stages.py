@@ -12,19 +12,25 @@ with b is already done, which is all that the algorithms ever use. A stage witho
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils import parameters_to_vector
 
+from hinv.shapes import Float
+
 # An activation applied entry by entry, or a change of shape: with flattened samples its Jacobian is diagonal.
 ELEMENTWISE = (
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.ReLU, nn.LeakyReLU, nn.Softsign),
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout),
 )
+
+
+NOT_YET = torch.empty(0)  # b and slope of a stage before the walk backwards
 
 
 @dataclass
@@ -36,8 +42,8 @@ class Stage:
     parameters: dict[str, nn.Parameter]  # the trainable ones
     inputs: Tensor
     outputs: Tensor
-    b: Tensor | None = None
-    slope: Tensor | None = None
+    b: Tensor = NOT_YET
+    slope: Float[Tensor, "..."] = NOT_YET
 
     @property
     def kind(self) -> str:
@@ -51,18 +57,28 @@ class Stage:
         return "elementwise" if type(self.module) in ELEMENTWISE else "general"
 
     @property
-    def x(self) -> Tensor:
+    def weight(self) -> Float[Tensor, "a_out ..."]:
+        """Of a linear stage or a convolution, detached."""
+        return cast(Tensor, self.module.weight).detach()
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a linear stage or a convolution has one."""
+        return self.module.bias is not None
+
+    @property
+    def x(self) -> Float[Tensor, " p"]:
         """(p_l,) the parameters, detached."""
         if not self.parameters:
             return self.inputs.new_zeros(0)
         return parameters_to_vector(self.parameters.values()).detach()
 
-    def named(self, x: Tensor) -> dict[str, Tensor]:
+    def named(self, x: Float[Tensor, " p"]) -> dict[str, Tensor]:
         """A flat parameter vector (p_l,) taken apart under the parameters' names, for functional_call."""
         pieces = x.split([p.numel() for p in self.parameters.values()]) if self.parameters else []
         return {name: v.view_as(p) for (name, p), v in zip(self.parameters.items(), pieces, strict=True)}
 
-    def per_sample(self, x: Tensor, z: Tensor) -> Tensor:
+    def per_sample(self, x: Float[Tensor, " p"], z: Float[Tensor, "..."]) -> Float[Tensor, " a"]:
         """f_l for one sample: parameters (p_l,) and an input without batch dimension -> flattened output (a_l,)."""
         return functional_call(
             self.module, self.named(x), (z.unsqueeze(0).clone(),)
@@ -76,11 +92,11 @@ class Stage:
 class Derivatives:
     """See the module's table. A, F and G are None where the stage's input is a constant (the first one with parameters)."""
 
-    J: Tensor
-    E: Tensor
-    A: Tensor | None = None
-    F: Tensor | None = None
-    G: Tensor | None = None
+    J: Float[Tensor, "..."]
+    E: Float[Tensor, "..."]
+    A: Float[Tensor, "B ..."] | None = None
+    F: Float[Tensor, "B p a_in"] | None = None
+    G: Float[Tensor, "B ..."] | None = None
 
 
 def derivatives(stage: Stage, wrt_input: bool = True) -> Derivatives:
@@ -112,11 +128,11 @@ def check(stage: Stage) -> None:
 
 def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
     """s_o = sum_i W_oi z_i + bias_o:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
-    W, z, b = stage.module.weight.detach(), stage.inputs, stage.b
+    W, z, b = stage.weight, stage.inputs, stage.b
     (batch, a_in), a_out = z.shape, W.shape[0]
     eye_out, eye_in = torch.eye(a_out).to(W), torch.eye(a_in).to(W)
     J = torch.einsum("op,ni->nopi", eye_out, z).reshape(batch, a_out, a_out * a_in)
-    if stage.module.bias is not None:
+    if stage.has_bias:
         J = torch.cat([J, eye_out.expand(batch, a_out, a_out)], dim=2)
     p = J.shape[2]
     if not wrt_input:
@@ -126,7 +142,7 @@ def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
     return Derivatives(J, W.new_zeros(p, p), W.expand(batch, a_out, a_in), F, W.new_zeros(batch, a_in, a_in))
 
 
-def elementwise(stage: Stage) -> tuple[Tensor, Tensor]:
+def elementwise(stage: Stage) -> tuple[Float[Tensor, "B a"], Float[Tensor, "B a"]]:
     """z = sigma(s) entry by entry: sigma'(s) and b sigma''(s), each (B, a), by differentiating the sum of all entries twice."""
     z = stage.inputs.detach().requires_grad_()
     with torch.enable_grad():
@@ -150,13 +166,13 @@ def _general(stage: Stage, wrt_input: bool) -> Derivatives:
     f, x, z, b = stage.per_sample, stage.x, stage.inputs, stage.b.flatten(1)
     batch, p, a_in = len(z), len(x), z[0].numel()
 
-    def phi(x, z, b):
+    def phi(x: Tensor, z: Tensor, b: Tensor) -> Tensor:
         return f(x, z) @ b
 
-    def total(x):
+    def total(x: Tensor) -> Tensor:
         return vmap(phi, in_dims=(None, 0, 0))(x, z, b).sum()
 
-    def over_samples(function):
+    def over_samples(function: Callable[..., Tensor]) -> Tensor:
         return vmap(function, in_dims=(None, 0, 0))(x, z, b)
 
     has_parameters = p > 0  # torch.func differentiates nothing with respect to an empty tensor
@@ -203,6 +219,7 @@ def _check_against_autograd(stage: Stage, D: Derivatives) -> None:
     if D.A is None:
         pairs.append((D.E @ v_x, _flat(second, z)))
     else:
+        assert D.F is not None and D.G is not None
         pairs.append((torch.einsum("noi,no->ni", D.A, stage.b.flatten(1)), first[-1].flatten(1)))
         pairs.append((D.E @ v_x + torch.einsum("npi,ni->p", D.F, v_z), _flat(second, z)))
         pairs.append((torch.einsum("npi,p->ni", D.F, v_x) + torch.einsum("nij,nj->ni", D.G, v_z), second_z.flatten(1)))
@@ -216,7 +233,7 @@ def _check_against_autograd(stage: Stage, D: Derivatives) -> None:
             )
 
 
-def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+def _flat(tensors: Sequence[Tensor], like: Tensor) -> Float[Tensor, " n"]:
     return torch.cat([t.detach().flatten() for t in tensors]) if tensors else like.new_zeros(0)
 
 
@@ -225,15 +242,17 @@ def fuse(inner: Derivatives, outer: Derivatives) -> Derivatives:
 
     A = A2 A1,  J = A2 J1,  E = E1 + J1^T G2 J1,  F = F1 + J1^T G2 A1,  G = G1 + A1^T G2 A1.
     """
+    assert outer.A is not None and outer.G is not None  # it has an input: the inner stage
     GJ = _times(outer.G, inner.J)  # (B, a, p)
     E = inner.E + inner.J.flatten(0, 1).T @ GJ.flatten(0, 1)
     J = _times(outer.A, inner.J)
     if inner.A is None:
         return Derivatives(J, E)
+    assert inner.F is not None and inner.G is not None
     G = inner.G + inner.A.mT @ _times(outer.G, inner.A)
     return Derivatives(J, E, _times(outer.A, inner.A), inner.F + GJ.mT @ inner.A, G)
 
 
-def _times(matrix: Tensor, other: Tensor) -> Tensor:
+def _times(matrix: Float[Tensor, "B ..."], other: Float[Tensor, "B a n"]) -> Float[Tensor, "B m n"]:
     """matrix @ other per sample, where matrix is (B, m, a) or the diagonal (B, a)."""
     return matrix.unsqueeze(2) * other if matrix.ndim == 2 else matrix @ other

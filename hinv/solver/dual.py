@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hinv.errors import SingularShiftError
 from hinv.network import Chain, derivatives, losses
+from hinv.shapes import Float
 
 from .factor import check_right_hand_side
 
@@ -43,14 +44,14 @@ class Dual:
             if stage.kind == "linear":
                 z = stage.inputs
                 rows = delta.mT.reshape(size, delta.shape[1])  # ((n, c), a_out)
-                kernel = (z @ z.T + float(stage.module.bias is not None))[:, None, :, None]
+                kernel = (z @ z.T + float(stage.has_bias))[:, None, :, None]
                 for top, end in itertools.pairwise(cuts):
                     block = gram[top:end, :, :end]
                     outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
                     block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
                 self.stages.insert(0, z)
                 deltas.insert(0, delta)
-                delta = stage.module.weight.detach().T @ delta if number else None
+                delta = stage.weight.T @ delta
             elif stage.kind == "elementwise":
                 delta = stage.slope.unsqueeze(2) * delta
             else:
@@ -59,7 +60,8 @@ class Dual:
                     D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
                     gram += (D.T @ D).view_as(gram)
                     self.stages.insert(0, D)
-                delta = block.A.mT @ delta if number else None
+                if block.A is not None:
+                    delta = block.A.mT @ delta
         gram = gram.view(size, size)
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
@@ -80,7 +82,7 @@ class Dual:
         log = 2.0 * self.L.diagonal().log().sum().item()
         return 1.0, (sum(self.sizes) - len(self.L)) * math.log(self.damping) + log
 
-    def solve(self, b: Tensor) -> Tensor:
+    def solve(self, b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """(GGN + damping I)^-1 b for b (P,) or (P, k), without refinement; errors as `Factor.solve`."""
         check_right_hand_side(b, sum(self.sizes))
         if not b.numel():
@@ -89,11 +91,11 @@ class Dual:
         x = g - self._apply(torch.cholesky_solve(self._transpose(g), self.L))
         return (x / self.damping).T.reshape(b.shape).to(b.dtype)
 
-    def _pieces(self, g: Tensor) -> list[tuple[bool, Tensor, Tensor]]:
+    def _pieces(self, g: Float[Tensor, "k P"]) -> list[tuple[bool, Tensor, Tensor]]:
         """(whether it is linear, Z or D_l, its columns of g) for each stage."""
         return list(zip(self.linear, self.stages, g.split(self.sizes, 1), strict=True))
 
-    def _transpose(self, g: Tensor) -> Tensor:
+    def _transpose(self, g: Float[Tensor, "k P"]) -> Float[Tensor, "n k"]:
         """D^T g^T, (BC, k) for g (k, P)."""
         k, moved, inner = len(g), [g.new_zeros(self.batch, len(g), 0)], 0.0
         for linear, kept, piece in self._pieces(g):
@@ -106,7 +108,7 @@ class Dual:
             moved.append(product.view(self.batch, k, units))
         return inner + (torch.cat(moved, 2) @ self.delta).mT.reshape(-1, k)
 
-    def _apply(self, w: Tensor) -> Tensor:
+    def _apply(self, w: Float[Tensor, "n k"]) -> Float[Tensor, "k P"]:
         """(D w)^T, (k, P) for w (BC, k)."""
         k = w.shape[1]
         moved = w.view(self.batch, self.rank, k).mT @ self.delta.mT  # (B, k, sum of a_out)

@@ -91,8 +91,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             # basis and its copy, inner products, their reordered parts, left-hand factors; V three times
             scratch = a_out * (2 * m * side + side * side + batch * (3 * a_in + 2 * batch) + a_in**2) + 3 * k * k
         else:
-            units = stage.module.weight.shape[0]
-            positions, fan_in = a_out // units, stage.module.weight[0].numel()
+            units = stage.weight.shape[0]
+            positions, fan_in = a_out // units, stage.weight[0].numel()
             m = min(batch * positions, p // units)
             n = units * m
             flops += eliminate(n, k) + 2.0 * m * batch * positions * units * (rows + n)

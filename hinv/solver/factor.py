@@ -16,17 +16,19 @@ the inertias of the S_l, and log|det| the sum of theirs.
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hinv.errors import AccuracyWarning, SingularShiftError
+from hinv.shapes import Float
 
 from .parts import HeadPivot, Structure
 from .symmetric import SingularPivotError
 
 
-def check_right_hand_side(b: Tensor, P: int) -> None:
+def check_right_hand_side(b: Any, P: int) -> None:
     if not isinstance(b, Tensor) or not b.is_floating_point():
         found = b.dtype if isinstance(b, Tensor) else type(b).__name__
         raise TypeError(f"the right-hand side must be a floating point tensor, not {found}")
@@ -108,7 +110,7 @@ class Factor:
             )
         return sign, value
 
-    def solve(self, b: Tensor) -> Tensor:
+    def solve(self, b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """(H + damping I)^-1 b for b (P,) or (P, k): one sweep back and one forth, without refinement.
 
         Cost: two products with every Y_l (n x B a_in) and two triangular solves with every S_l; for one column it is the memory that bounds it.

@@ -4,15 +4,14 @@ Each function takes (H, damping, rtol) and returns a function b -> approximate (
 The iterations are SciPy's; the products they use are exact (autograd).
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from hinv.errors import SingularShiftError
+from hinv.shapes import Float
 
-from .products import Products
+from .products import Products, operator
 from .refine import Apply
 
 
@@ -26,40 +25,36 @@ def dense(H: Products, damping: float, rtol: float) -> Apply:
             f"H + ({damping:g}) I is exactly singular: the damping is minus an eigenvalue of H; change it"
         )
 
-    def solve(b: Tensor) -> Tensor:
+    def solve(b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         return torch.linalg.lu_solve(lu, pivots, b.reshape(len(b), -1)).reshape(b.shape)
 
     return solve
 
 
-def krylov(method: str) -> Callable[[Products, float, float], Apply]:
-    """SciPy's "cg" or "minres" as a baseline. One Hessian-vector product an iteration; the count depends on the spectrum."""
-    def prepare(H: Products, damping: float, rtol: float) -> Apply:
-        from scipy.sparse.linalg import LinearOperator, cg, minres
+class Iteration:
+    """b -> x by SciPy's "cg" or "minres". One Hessian-vector product an iteration; how many there are depends on the spectrum."""
 
-        iterate = {"cg": cg, "minres": minres}[method]
-        operator = H.to_scipy()
-        curvature = []  # signs of v^T (H + damping I) v met on the way
+    def __init__(self, H: Products, damping: float, rtol: float, method: str):
+        from scipy.sparse import linalg
+
+        self._iterate = {"cg": linalg.cg, "minres": linalg.minres}[method]
+        self._method, self._rtol, unshifted = method, rtol, H.to_scipy()
+        self._curvature: list[float] = []  # v^T (H + damping I) v met on the way
 
         def matvec(v: np.ndarray) -> np.ndarray:
-            out = operator.matvec(v) + damping * v
-            curvature.append(float(v @ out))
+            out = unshifted.matvec(v) + damping * v
+            self._curvature.append(float(v @ out))
             return out
 
-        shifted = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+        self._operator = operator(H.shape, unshifted.dtype, matvec=matvec)
 
-        def solve(b: Tensor) -> Tensor:
-            columns = b.reshape(len(b), -1).cpu().numpy()
-            # a tenth of rtol: minres stops on an estimate relative to ||A|| ||x|| + ||b||, not on the residual itself
-            out = np.stack([iterate(shifted, column, rtol=0.1 * rtol)[0] for column in columns.T], axis=1)
-            return torch.from_numpy(out).to(b).reshape(b.shape)
+    def __call__(self, b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
+        columns = b.reshape(len(b), -1).cpu().numpy()
+        # a tenth of rtol: minres stops on an estimate relative to ||A|| ||x|| + ||b||, not on the residual itself
+        found = [self._iterate(self._operator, column, rtol=0.1 * self._rtol)[0] for column in columns.T]
+        return torch.from_numpy(np.stack(found, axis=1)).to(b).reshape(b.shape)
 
-        def remark() -> str:
-            if method == "cg" and min(curvature, default=1.0) < 0:
-                return "H + damping I is indefinite (a search direction of negative curvature was met), where CG is not defined"
-            return ""
-
-        solve.remark = remark
-        return solve
-
-    return prepare
+    def remark(self) -> str:
+        if self._method == "cg" and min(self._curvature, default=1.0) < 0:
+            return "H + damping I is indefinite (a search direction of negative curvature was met), where CG is not defined"
+        return ""

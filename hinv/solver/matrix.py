@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Self
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from .estimate import Estimate, estimate, require
 from .factor import Factor
 from .parts import Structure, parts
 from .products import Products
+
+M = TypeVar("M", bound="Matrix")  # the kind of matrix one has
 
 
 class Matrix(Products):
@@ -27,7 +29,7 @@ class Matrix(Products):
         self.counted: dict[float, int] = {}  # eigenvalues below a shift, kept by `hinv.spectrum`
         self._structures: dict[torch.dtype, Structure] = {}
         self._convex: bool | None = None
-        self._others: dict[torch.dtype, Self] = {}  # the same in another dtype
+        self._others: dict[torch.dtype, Matrix] = {}  # the same in another dtype
 
     def estimate(self, damping: float = 1e-2) -> Estimate:
         """Predicted flops, seconds and peak bytes of a factorization, from shapes alone; str() of it is a sentence.
@@ -68,19 +70,19 @@ class Matrix(Products):
             self._structures[dtype] = parts(converted(self.chain, dtype), self.gauss_newton)
         return self._structures[dtype]
 
-    def double(self) -> Self:
+    def double(self: M) -> M:
         """The same matrix in float64 arithmetic (itself if it is)."""
         return self.cast(torch.float64)
 
-    def cast(self, dtype: torch.dtype) -> Self:
+    def cast(self: M, dtype: torch.dtype) -> M:
         """The same matrix in another dtype, kept."""
         if dtype == self.dtype:
             return self
         if dtype not in self._others:
-            other = object.__new__(type(self))  # a subclass may be made from something else than a chain
+            other: M = object.__new__(type(self))  # a subclass may be made from something else than a chain
             Matrix.__init__(other, converted(self.chain, dtype), self.gauss_newton)
             self._others[dtype] = other
-        return self._others[dtype]
+        return cast(M, self._others[dtype])
 
     def _is_convex(self) -> bool:
         if self._convex is None:

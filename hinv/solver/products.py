@@ -17,11 +17,20 @@ from torch.nn.utils import parameters_to_vector
 
 from hinv.errors import NotFiniteError
 from hinv.network import Chain, losses
+from hinv.shapes import Float
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 COLUMNS = 2**24  # numbers in the result of one block of simultaneous products: H @ V goes block by block
+
+
+def operator(shape: tuple[int, int], dtype: Any, **functions: Callable[[np.ndarray], np.ndarray]) -> "LinearOperator":
+    """SciPy's LinearOperator from functions (matvec, ...)."""
+    from scipy.sparse.linalg import LinearOperator
+
+    make: Any = LinearOperator  # SciPy's types know the abstract class alone
+    return make(shape, dtype=dtype, **functions)
 
 
 class Products:
@@ -58,7 +67,7 @@ class Products:
     def device(self) -> torch.device:
         return self.gradient.device
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def __matmul__(self, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """H v for v (P,) or (P, k): exact, by differentiating autograd's graph; never forms H. Uses none of the structure.
 
         Cost: about four forward passes of the batch for each column.
@@ -84,7 +93,7 @@ class Products:
             )
         curvature = losses.products(self.chain.loss, self.chain.outputs, self.chain.targets)
 
-        def product(v: Tensor) -> Tensor:
+        def product(v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
             live = [(f, w) for f, w in zip(JTu, self._split(v), strict=True) if f.requires_grad]
             functions, weights = zip(*live, strict=True)
             (Jv,) = torch.autograd.grad(functions, u, weights, retain_graph=True, materialize_grads=True)
@@ -92,10 +101,10 @@ class Products:
 
         return product
 
-    def _columns(self, V: Tensor) -> Tensor:
+    def _columns(self, V: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         return torch.func.vmap(self.multiply, in_dims=1, out_dims=1)(V) if V.shape[1] else V
 
-    def _pull_back(self, functions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+    def _pull_back(self, functions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Float[Tensor, " P"]:
         """Gradient of sum_i functions_i . weights_i in the parameters, (P,); functions that do not depend on them count as constants."""
         live = [(f, w) for f, w in zip(functions, weights, strict=True) if f.requires_grad]
         if not live:
@@ -106,17 +115,16 @@ class Products:
         )
         return parameters_to_vector(c.contiguous() for c in columns)
 
-    def _split(self, v: Tensor) -> list[Tensor]:
+    def _split(self, v: Float[Tensor, " P"]) -> list[Tensor]:
         parameters = self.chain.parameters
         return [w.view_as(p) for w, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "P P"]:
         """(P, P): for checks on small networks. P products, P^2 numbers."""
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> "LinearOperator":
         """The same matrix for SciPy's iterative solvers and eigensolvers (CPU arrays in and out)."""
-        from scipy.sparse.linalg import LinearOperator
 
         def multiply(v: np.ndarray) -> np.ndarray:
             if np.iscomplexobj(v):
@@ -127,11 +135,11 @@ class Products:
             return multiply(v.reshape(-1))
 
         dtype = self.gradient.cpu().numpy().dtype
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, matmat=multiply, rmatmat=multiply, dtype=dtype)
+        return operator(self.shape, dtype, matvec=matvec, rmatvec=matvec, matmat=multiply, rmatmat=multiply)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
-    def checked(self, v: Any, what: str) -> Tensor:
+    def checked(self, v: Any, what: str) -> Float[Tensor, "P ..."]:
         """A vector (P,) or several (P, k) that fit this matrix, detached.
 
         Raises:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .products import Products
+from hinv.shapes import Float
+
+from .products import Products, operator
 
 REFINEMENTS = 3
 KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
@@ -18,8 +20,13 @@ Apply = Callable[[Tensor], Tensor]  # b (P,) or (P, k) -> approximately (H + dam
 
 
 def refined(
-    H: Products, apply: Apply, b: Tensor, damping: float, rtol: float, start: Tensor | None = None
-) -> tuple[Tensor, float, int]:
+    H: Products,
+    apply: Apply,
+    b: Float[Tensor, "P *k"],
+    damping: float,
+    rtol: float,
+    start: Float[Tensor, "P *k"] | None = None,
+) -> tuple[Float[Tensor, "P *k"], float, int]:
     """x += apply(b - (H + damping I) x) while it helps; the best x seen, its relative residual (worst column), and how many steps it took."""
     scale = torch.linalg.vector_norm(b, dim=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -43,9 +50,11 @@ def refined(
     return x, size, steps
 
 
-def preconditioned_gmres(H: Products, apply: Apply, b: Tensor, damping: float, rtol: float) -> Tensor:
+def preconditioned_gmres(
+    H: Products, apply: Apply, b: Float[Tensor, "P *k"], damping: float, rtol: float
+) -> Float[Tensor, "P *k"]:
     """GMRES on H + damping I preconditioned by a factorization that lost digits, column by column."""
-    from scipy.sparse.linalg import LinearOperator, gmres
+    from scipy.sparse.linalg import gmres
 
     columns = b.reshape(len(b), -1)
 
@@ -56,8 +65,8 @@ def preconditioned_gmres(H: Products, apply: Apply, b: Tensor, damping: float, r
         return apply(torch.as_tensor(v).to(b)).cpu().numpy()
 
     dtype = columns.cpu().numpy().dtype
-    A = LinearOperator(H.shape, matvec=shifted, dtype=dtype)
-    M = LinearOperator(H.shape, matvec=precondition, dtype=dtype)
+    A = operator(H.shape, dtype, matvec=shifted)
+    M = operator(H.shape, dtype, matvec=precondition)
     solved = [
         gmres(A, column.cpu().numpy(), M=M, rtol=0.1 * rtol, restart=KRYLOV, maxiter=1)[0] for column in columns.T
     ]

@@ -11,7 +11,7 @@ SuperLU pivots across stages, so it also serves where a pivot of the stagewise e
 where H is regular.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,19 +21,25 @@ from torch import Tensor
 
 from hinv.network import Chain, Stage, derivatives, losses
 from hinv.network.stages import elementwise
+from hinv.shapes import Float
+
+from .refine import Apply
+
+# J, E, A, F, G of a stage; None where there is none
+Blocks = tuple[Any, Any, Any, Any, Any]
 
 
-def _blocks(tensor: Tensor) -> sp.csr_array:
+def _blocks(tensor: Float[Tensor, "B r c"]) -> sp.csr_array:
     """(B, r, c) -> block-diagonal (B r, B c); entries that are exactly zero are not stored."""
     return sp.csr_array(sp.block_diag(list(tensor.double().cpu().numpy()), format="csr"))
 
 
-def _linear(stage: Stage, wrt_input: bool, gauss_newton: bool):
-    W, z = stage.module.weight.detach().double().cpu().numpy(), stage.inputs.double().cpu().numpy()
+def _linear(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
+    W, z = stage.weight.double().cpu().numpy(), stage.inputs.double().cpu().numpy()
     b = stage.b.double().cpu().numpy() * (not gauss_newton)
     (batch, a_in), a_out = z.shape, len(W)
     J = sp.csr_array(sp.vstack([sp.kron(sp.eye_array(a_out), row[None]) for row in z]))
-    bias = stage.module.bias is not None
+    bias = stage.has_bias
     if bias:
         J = sp.hstack([J, sp.csr_array(sp.vstack([sp.eye_array(a_out)] * batch))])
     if not wrt_input:
@@ -44,12 +50,13 @@ def _linear(stage: Stage, wrt_input: bool, gauss_newton: bool):
     return J, None, sp.csr_array(sp.kron(sp.eye_array(batch), W)), F, None
 
 
-def _general(stage: Stage, wrt_input: bool, gauss_newton: bool):
+def _general(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
     D = derivatives(stage, wrt_input)
     E = None if gauss_newton else sp.csr_array(D.E.double().cpu().numpy())
     J = sp.csr_array(D.J.flatten(0, 1).double().cpu().numpy())
     if D.A is None:
         return J, E, None, None, None
+    assert D.F is not None and D.G is not None
     F = D.F.transpose(0, 1).flatten(1).double().cpu().numpy() * (not gauss_newton)
     return J, E, _blocks(D.A), sp.csr_array(F), None if gauss_newton else _blocks(D.G)
 
@@ -57,17 +64,19 @@ def _general(stage: Stage, wrt_input: bool, gauss_newton: bool):
 def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple[sp.csc_array, list[slice]]:
     """K as a sparse matrix, and where each stage's parameters are among the unknowns."""
     head = _blocks(losses.curvature(chain.loss, chain.outputs, chain.targets))
-    entries, places, size = [], [], 0
-    T = C = before = (
-        None  # input map and curvature between the last outputs y' and this stage; where y' and lambda' start
-    )
+    entries: list[Any] = []
+    places: list[slice] = []
+    size = 0
+    T: Any = None  # input map and curvature between the last outputs y' and this stage
+    C: Any = None
+    before: Any = None  # where y' and lambda' start
 
-    def put(row: int, col: int, block) -> None:
+    def put(row: int, col: int, block: Any) -> None:
         if block is not None and block.nnz:
             block = sp.coo_array(block)
             entries.append((block.row + row, block.col + col, block.data))
 
-    def through(curvature):
+    def through(curvature: Any) -> Any:
         return T.T @ curvature @ T
 
     for stage in chain.live:
@@ -107,7 +116,7 @@ def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple
     return sp.csc_array((data, (rows, cols)), shape=(size, size)), places
 
 
-def factor(chain: Chain, damping: float, gauss_newton: bool = False) -> Callable[[Tensor], Tensor]:
+def factor(chain: Chain, damping: float, gauss_newton: bool = False) -> Apply:
     """Factor K with SuperLU (float64); the result applies (H + damping I)^-1 to b (P,) or (P, k).
 
     Raises:

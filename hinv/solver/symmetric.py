@@ -12,11 +12,16 @@ ldl_factor 3 / 74, a triangular solve 1.4 / 50, a ninth of ldl_solve; there fres
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import lapack as _lapack
 from torch import Tensor
+
+from hinv.shapes import Array, Float, Int
+
+lapack: Any = _lapack  # its types leave out sytrf's companions
 
 SMALL = 96  # rows up to which NumPy is faster than torch
 STRIPES = 6  # block rows of a symmetric product: 7/12 of the flops of a full one
@@ -27,7 +32,7 @@ class SingularPivotError(torch.linalg.LinAlgError):
     """S is singular to working precision, so neither its inverse nor its inertia is known."""
 
 
-def factored(S: Tensor, try_cholesky: bool = True) -> "Symmetric":
+def factored(S: Float[Tensor, "... n n"], try_cholesky: bool = True) -> "Symmetric":
     """Factor a symmetric matrix, or a stack of them (..., n, n), the fastest way that serves.
 
     Args:
@@ -50,33 +55,38 @@ class Symmetric:
     """S = C D C^T. Subclasses give half, over_D and back; in the whole stack, the number of negative eigenvalues and log |det S|."""
 
     negative: int
-    log_abs_det: float
 
-    def couple(self, N: Tensor, V: Tensor) -> Tensor:
+    @property
+    def log_abs_det(self) -> float:
+        raise NotImplementedError
+
+    def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
         """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
         X = self.half(N, overwrite=True)
         Y = self.over_D(X, out=N)
         subtract_product(V, X, Y)
         return Y
 
-    def start(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, t: Array) -> tuple[Array, Array]:
         """(u, w) with N^T S^-1 t = Y^T u and S^-1 (t - N y) = back(w - Y y), for t (n, k)."""
         u = self.half(t)
         return u, self.over_D(u)
 
-    def solve(self, t: Tensor) -> Tensor:
+    def solve(self, t: Array) -> Array:
         """S^-1 t."""
         return self.back(self.start(t)[1])
 
-    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+    def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         """C^-1 X for X (..., n, k)."""
         raise NotImplementedError
 
-    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+    def over_D(
+        self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
+    ) -> Float[Array, "*stack n k"]:
         """D^-1 Z."""
         raise NotImplementedError
 
-    def back(self, Z: Tensor) -> Tensor:
+    def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         """C^-T Z, so that back(over_D(half(X))) = S^-1 X."""
         raise NotImplementedError
 
@@ -84,16 +94,18 @@ class Symmetric:
 class Cholesky(Symmetric):
     negative = 0
 
-    def __init__(self, L: Tensor):
+    def __init__(self, L: Float[Tensor, "... n n"]):
         self.L = L
 
-    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+    def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         return torch.linalg.solve_triangular(self.L, X, upper=False, out=X if overwrite else None)
 
-    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+    def over_D(
+        self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
+    ) -> Float[Array, "*stack n k"]:
         return Z
 
-    def back(self, Z: Tensor) -> Tensor:
+    def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
 
     @property
@@ -102,33 +114,39 @@ class Cholesky(Symmetric):
 
 
 class Eigen(Symmetric):
-    def __init__(self, S: Tensor):
+    def __init__(self, S: Float[Tensor, "... n n"]):
         if not S.isfinite().all():
             raise SingularPivotError(NOT_FINITE)
         values, self.L = torch.linalg.eigh(S)
         smallest, largest = torch.aminmax(values.abs())
         if smallest <= 4 * S.shape[-1] * torch.finfo(S.dtype).eps * largest:
             raise SingularPivotError(ZERO)
-        self.negative, self.log_abs_det = int((values < 0).sum()), values.abs().log().sum().item()
+        self.negative, self._log = int((values < 0).sum()), values.abs().log().sum().item()
         self.inverse = values.reciprocal().unsqueeze(-1)
 
-    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+    @property
+    def log_abs_det(self) -> float:
+        return self._log
+
+    def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         return self.L.mT @ X
 
-    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+    def over_D(
+        self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
+    ) -> Float[Array, "*stack n k"]:
         return torch.mul(Z, self.inverse, out=out)
 
-    def back(self, Z: Tensor) -> Tensor:
+    def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return self.L @ Z
 
 
 class LDL(Symmetric):
     """P S P^T = L D L^T with torch's LAPACK, which shares a thread pool with the products around it."""
 
-    def __init__(self, S: Tensor):
+    def __init__(self, S: Float[Tensor, "... n n"]):
         packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
         L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
-        self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
+        self.negative, self._log = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
         self.L, self.order, self.inverse = (
             torch.from_numpy(L),
             torch.from_numpy(order),
@@ -142,17 +160,23 @@ class LDL(Symmetric):
             )
             self.beside = torch.from_numpy(np.tile(beside[first], 2)[:, None])
 
-    def half(self, X: Tensor, overwrite: bool = False) -> Tensor:
+    @property
+    def log_abs_det(self) -> float:
+        return self._log
+
+    def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         X = X.index_select(0, self.order)  # a copy, solved in place: fresh memory costs a tenth of the solve
         return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=True, out=X)
 
-    def over_D(self, Z: Tensor, out: Tensor | None = None) -> Tensor:
+    def over_D(
+        self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
+    ) -> Float[Array, "*stack n k"]:
         out = torch.mul(Z, self.inverse, out=out)
         if self.rows is not None:
             out.index_add_(0, self.rows, Z.index_select(0, self.partners).mul_(self.beside))
         return out
 
-    def back(self, Z: Tensor) -> Tensor:
+    def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         Z = torch.linalg.solve_triangular(self.L.mT, Z, upper=True, unitriangular=True)
         return torch.empty_like(Z).index_copy_(0, self.order, Z)
 
@@ -163,7 +187,7 @@ class Small(Symmetric):
     Triangular solves are torch's: SciPy's start threads that wait for the others.
     """
 
-    def __init__(self, S: np.ndarray, try_cholesky: bool):
+    def __init__(self, S: Float[np.ndarray, "n n"], try_cholesky: bool):
         n, letter = len(S), "d" if S.dtype == np.float64 else "s"
         if try_cholesky:
             L, info = getattr(lapack, letter + "potrf")(S.T, lower=1, clean=0)
@@ -180,11 +204,11 @@ class Small(Symmetric):
     def log_abs_det(self) -> float:
         return float(np.log(np.abs(self.d)).sum())
 
-    def half(self, X: np.ndarray, overwrite: bool = False) -> np.ndarray:
+    def half(self, X: Float[Array, "n k"], overwrite: bool = False) -> Float[Array, "n k"]:
         X = torch.from_numpy(X.copy("C") if self.inverse is None else X.take(self.order, 0))
         return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=self.unit, out=X).numpy()
 
-    def over_D(self, Z: np.ndarray, out: None = None) -> np.ndarray:
+    def over_D(self, Z: Float[Array, "n k"], out: Float[Array, "n k"] | None = None) -> Float[Array, "n k"]:
         if self.inverse is None:
             return Z
         if self.beside is None:
@@ -199,13 +223,13 @@ class Small(Symmetric):
             D_inverse.reshape(-1)[offset :: n + 1] = values[:, 0]
         return D_inverse @ Z
 
-    def couple(self, N: np.ndarray, V: np.ndarray) -> np.ndarray:
+    def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
         X = self.half(N)
         Y = self.over_D(X)
         V -= X.T @ Y
         return Y
 
-    def back(self, Z: np.ndarray) -> np.ndarray:
+    def back(self, Z: Float[Array, "n k"]) -> Float[Array, "n k"]:
         Z = torch.linalg.solve_triangular(self.L.T, torch.from_numpy(Z), upper=True, unitriangular=self.unit).numpy()
         if self.inverse is None:
             return Z
@@ -214,7 +238,9 @@ class Small(Symmetric):
         return x
 
 
-def _unpacked(packed: np.ndarray, pivots: np.ndarray) -> tuple[np.ndarray, ...]:
+def _unpacked(
+    packed: Float[np.ndarray, "n n"], pivots: Int[np.ndarray, " n"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """From sytrf's packed form (overwritten): L, d, the diagonal of D^-1, what lies beside it (None without 2 x 2 pivots), the row order.
 
     d has the determinant and the signs of D: of a 2 x 2 pivot its determinant, always negative, and 1.
@@ -253,7 +279,7 @@ NOT_FINITE = "it is not finite: the curvature overflows"
 EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in (np.float64, np.float32)}
 
 
-def subtract_product(V: Tensor, X: Tensor, Y: Tensor) -> None:
+def subtract_product(V: Float[Tensor, "k k"], X: Float[Tensor, "n k"], Y: Float[Tensor, "n k"]) -> None:
     """V -= X^T Y for a product known to be symmetric: its lower block triangle, copied to the upper one, where that is faster."""
     k = len(V)
     if k < WIDE:

@@ -23,12 +23,13 @@ from .dense import Dense
 from .diagonal import Diagonal
 from .head import Head, HeadPivot
 from .linear import Linear, SmallLinear
-from .part import Part, Pivot
+from .part import Eliminated, Part, Pivot
 
 __all__ = [
     "Conv2d",
     "Dense",
     "Diagonal",
+    "Eliminated",
     "Head",
     "HeadPivot",
     "Linear",
@@ -65,12 +66,12 @@ def kind(stage: Stage, wrt_input: bool) -> type:
         return Diagonal
     if stage.kind == "linear":
         batch, a_in = stage.inputs.shape
-        n = stage.outputs.shape[1] * min(batch, a_in + (stage.module.bias is not None))
+        n = stage.outputs.shape[1] * min(batch, a_in + (stage.has_bias))
         small = stage.inputs.device.type == "cpu" and max(n, wrt_input * batch * a_in, stage.outputs.numel()) <= SMALL
         return SmallLinear if small else Linear
     module = stage.module
     if type(module) is not nn.Conv2d or stage.inputs.ndim != 4 or module.groups > 1 or module.padding_mode != "zeros":
         return Dense
     whole = len(stage.parameters) == len(list(module.parameters()))
-    rows, d = len(stage.inputs) * stage.outputs[0, 0].numel(), module.weight[0].numel() + (module.bias is not None)
+    rows, d = len(stage.inputs) * stage.outputs[0, 0].numel(), stage.weight[0].numel() + (stage.has_bias)
     return Conv2d if whole and rows >= d and padding(module) is not None else Dense

@@ -1,9 +1,12 @@
 """A convolution as the linear map of its patches, with weights shared over the positions."""
 
+from typing import Any, cast
+
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional, grad
 
 from hinv.network import Stage
+from hinv.shapes import Float
 
 from .linear import Linear
 
@@ -15,40 +18,46 @@ class Conv2d(Linear):
     """
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        module = stage.module
-        self.weight, self.shape_in, self.shape_out = module.weight.detach(), stage.inputs.shape, stage.outputs.shape
-        self.options = {"stride": module.stride, "padding": padding(module), "dilation": module.dilation}
-        self.positions = self.shape_out[2:].numel()
+        module = cast(nn.Conv2d, stage.module)
+        self.weight, self.shape_in, self.shape_out = stage.weight, stage.inputs.shape, stage.outputs.shape
+        self.options: dict[str, Any] = {
+            "stride": module.stride,
+            "padding": padding(module),
+            "dilation": module.dilation,
+        }
+        self.positions = stage.outputs[0, 0].numel()
         patches = functional.unfold(stage.inputs, module.kernel_size, **self.options)  # (B, d, L)
         self._set(stage, patches.mT.flatten(0, 1), gauss_newton, wrt_input)
 
-    def first(self, r: Tensor) -> Tensor:
+    def first(self, r: Tensor) -> Float[Tensor, "BL ak"]:
         r = r.reshape(self.batch, self.a_out, self.positions, -1).transpose(1, 2)
         return r.reshape(self.batch * self.positions, -1)
 
-    def middle(self, X: Tensor) -> Tensor:
+    def middle(self, X: Tensor) -> Float[Tensor, "n BL a_out"]:
         X = X.view(-1, self.a_out, self.positions).mT
         return X.reshape(-1, self.batch * self.positions, self.a_out)
 
-    def flat(self, X: Tensor, k: int) -> Tensor:
+    def flat(self, X: Tensor, k: int) -> Float[Tensor, "rows k"]:
         return X.view(self.batch, self.positions, self.a_out, k).transpose(1, 2).reshape(-1, k)
 
-    def A_T(self, r: Tensor) -> Tensor:
+    def A_T(self, r: Float[Tensor, "rows k"]) -> Float[Tensor, "columns k"]:
         return self.times_A(r.T).T.contiguous()
 
-    def A(self, y: Tensor) -> Tensor:
+    def A(self, y: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         images = y.T.reshape(-1, *self.shape_in[1:])
         return functional.conv2d(images, self.weight, **self.options).view(y.shape[1], -1).T
 
-    def times_A(self, X: Tensor) -> Tensor:
+    def times_A(self, X: Float[Tensor, "r rows"]) -> Float[Tensor, "r columns"]:
         return self._transposed(X.reshape(-1, *self.shape_out[1:]), self.weight).view(X.shape[0], -1)
 
-    def _transposed(self, images: Tensor, kernels: Tensor) -> Tensor:
+    def _transposed(
+        self, images: Float[Tensor, "N c_out h w"], kernels: Float[Tensor, "c_out c_in kh kw"]
+    ) -> Float[Tensor, "N c_in height width"]:
         """The transpose of the convolution with these kernels, on (N, channels out, height, width)."""
         shape = (len(images), kernels.shape[1], *self.shape_in[2:])
-        return nn.grad.conv2d_input(shape, kernels, images, **self.options)
+        return grad.conv2d_input(shape, kernels, images, **self.options)
 
-    def plus_F(self, JV: Tensor) -> Tensor:
+    def plus_F(self, JV: Float[Tensor, "n rows"]) -> Float[Tensor, "n k"]:
         """dW meets dz where b is: F[(j, o), n] is the transposed convolution of channel o of the backward signal b_n with column j of Q."""
         N = self.times_A(JV)
         if self.curved:
@@ -63,7 +72,7 @@ def padding(module: nn.Conv2d) -> tuple[int, int] | None:
     """Its padding in numbers; None where "same" pads one side more than the other."""
     if module.padding == "valid":
         return (0, 0)
-    if module.padding == "same":
+    if isinstance(module.padding, str):  # "same"
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-    return module.padding
+    return module.padding[0], module.padding[1]

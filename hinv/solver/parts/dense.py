@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage, derivatives
+from hinv.shapes import Float
 
 from .part import Part
 
@@ -17,7 +18,7 @@ class Dense(Part):
         self.E, self.F, self.G = (None, None, None) if gauss_newton else (D.E, D.F, D.G)
         self.p = self.J.shape[1]
 
-    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV = self.J.T @ V
         S = JV @ self.J
         if self.E is not None:
@@ -28,17 +29,17 @@ class Dense(Part):
         N = torch.einsum("pno,noi->pni", JV.view(self.p, batch, a_out), self.A)
         VA = torch.einsum("vno,noi->vni", V.reshape(-1, batch, a_out), self.A).reshape(batch, a_out, batch * a_in)
         V = (self.A.mT @ VA).view(batch * a_in, batch * a_in)
-        if self.G is not None:
+        if self.F is not None and self.G is not None:
             N += self.F.transpose(0, 1)
             V.view(batch, a_in, batch, a_in).diagonal(dim1=0, dim2=2).add_(self.G.permute(1, 2, 0))
         return S, N.reshape(self.p, batch * a_in), V
 
-    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pull(self, r: Float[Tensor, "rows k"]) -> tuple[Float[Tensor, "p k"], Float[Tensor, "columns k"] | None]:
         A = self.A
         return self.J.T @ r, None if A is None else (A.mT @ r.view(*A.shape[:2], -1)).flatten(0, 1)
 
-    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def push(self, x: Float[Tensor, "p k"], y: Float[Tensor, "columns k"] | None) -> Float[Tensor, "rows k"]:
         moved = self.J @ x
-        if y is not None:
+        if y is not None and self.A is not None:
             moved += (self.A @ y.view(self.A.shape[0], self.A.shape[2], -1)).flatten(0, 1)
         return moved

@@ -4,28 +4,44 @@ from torch import Tensor
 
 from hinv.network import Stage
 from hinv.network.stages import elementwise
+from hinv.shapes import Float
+
+from .part import Eliminated
 
 
-class Diagonal:
+class Diagonal(Eliminated):
     """An elementwise stage: A = diag(slope), G = diag(bend)."""
 
     p = 0
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        first, bend = (stage.slope, None) if gauss_newton else elementwise(stage)
+        first, bend = elementwise(stage) if not gauss_newton else (stage.slope, stage.slope)
         self.slope, self.row = first.reshape(-1, 1), first.reshape(1, -1)
         self.bend = None if gauss_newton else bend.flatten()
 
-    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Diagonal", Tensor]:
+    def eliminate(
+        self, V: Float[Tensor, "k k"] | None, damping: float, try_cholesky: bool
+    ) -> tuple[Eliminated, Float[Tensor, "k k"]]:
+        assert V is not None  # only a Head knows V by itself
         V = V.mul_(self.slope).mul_(self.row)
         if self.bend is not None:
             V.diagonal().add_(self.bend)
         return self, V
 
-    negative, log_abs_det = 0, 0.0
+    @property
+    def negative(self) -> int:
+        return 0
 
-    def backward(self, r: Tensor, g: Tensor) -> tuple[None, Tensor]:
+    @property
+    def log_abs_det(self) -> float:
+        return 0.0
+
+    def backward(self, r: Float[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Float[Tensor, "rows k"]]:
+        assert r is not None
         return None, self.slope * r
 
-    def forward(self, h: None, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: None, y: Float[Tensor, "rows k"] | None
+    ) -> tuple[Float[Tensor, "0 k"], Float[Tensor, "rows k"]]:
+        assert y is not None  # a stage with parameters comes before it
         return y[:0], self.slope * y

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
+from hinv.shapes import Float
 
 from ..symmetric import Symmetric, factored
 from .linear import Linear, each
+from .part import Eliminated, Kept
 
 CHUNK = 2**18  # numbers formed at once
 
@@ -22,7 +24,9 @@ class Head(Linear):
     Flops: about 4 B^2 C a^2 + C m (a + B)^2.
     """
 
-    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool, w: Tensor, u: Tensor | None):
+    def __init__(
+        self, stage: Stage, gauss_newton: bool, wrt_input: bool, w: Float[Tensor, "B C"], u: Float[Tensor, "B C"] | None
+    ):
         super().__init__(stage, gauss_newton, wrt_input)
         self.w, self.u = w, u
         if wrt_input:
@@ -30,7 +34,7 @@ class Head(Linear):
             if u is not None:
                 self.M -= u.unsqueeze(2) * (u @ self.W).unsqueeze(1)
 
-    def eliminate(self, V: None, damping: float, try_cholesky: bool) -> tuple["HeadPivot", Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         R, w, e, m = self.R, self.w, self.e, self.m
         T = (R * w.T.unsqueeze(1)) @ R.T  # (C, m, m)
         T.diagonal(dim1=1, dim2=2).add_(damping)
@@ -60,7 +64,7 @@ class Head(Linear):
         half = half.reshape(batch * a, batch * a)
         V = -(P + half + half.T)
         V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_((self.W.T @ self.M).permute(1, 2, 0))
-        if K is not None:
+        if K is not None and self.u is not None:
             ue = self.u.unsqueeze(1) * e  # (B, B, C)
             Y = ue @ QR_c.mT + ((self.u.unsqueeze(1) * RR_c).transpose(0, 1) @ self.M).transpose(0, 1)
             K.couple(Y.reshape(batch, batch * a), V)
@@ -69,11 +73,11 @@ class Head(Linear):
 
 
 @dataclass
-class HeadPivot:
+class HeadPivot(Eliminated):
     part: Head
     T: Symmetric
     K: Symmetric | None
-    U: Tensor | None
+    U: Float[Tensor, "C m B"] | None
     damping: float
 
     @property
@@ -85,15 +89,15 @@ class HeadPivot:
         rest = self.part.perp * math.log(abs(self.damping)) if self.part.perp else 0.0
         return self.T.log_abs_det + (self.K.log_abs_det if self.K else 0.0) + rest
 
-    def _solve(self, b: Tensor) -> Tensor:
+    def _solve(self, b: Float[Tensor, "C m k"]) -> Float[Tensor, "C m k"]:
         """S^-1 b for b (C, m, k)."""
         t = self.T.half(b)
-        if self.K is not None:
+        if self.K is not None and self.U is not None:
             U = self.U.flatten(0, 1)
             t = t + (U @ self.K.solve(U.T @ self.T.over_D(t).flatten(0, 1))).reshape(t.shape)
         return self.T.back(self.T.over_D(t))
 
-    def backward(self, r: None, g: Tensor) -> tuple[tuple, Tensor | None]:
+    def backward(self, r: Tensor | None, g: Float[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
         part, k = self.part, g.shape[1]
         g, rest = part.take_apart(g)
         h = self._solve(g.reshape(part.m, part.a_out, k).transpose(0, 1))  # (C, m, k)
@@ -108,7 +112,7 @@ class HeadPivot:
             r = r - part.F_rest_T(rest)
         return (h, rest), r
 
-    def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], None]:
         (x, rest), part = h, self.part
         if y is not None:
             y_n, k = y.view(part.batch, part.fan_in, -1), y.shape[1]

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
+from hinv.shapes import Array, Float
 
 from ..symmetric import SMALL, Small
-from .part import Part, Pivot
+from .part import Eliminated, Kept, Part, Pivot
 
 
-def each(M: Tensor, X: Tensor) -> Tensor:
+def each(M: Float[Array, "m r"], X: Float[Array, "N r c"]) -> Float[Array, "N m c"]:
     """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
     if X.shape[2] == 1:
         return (X[:, :, 0] @ M.T)[:, :, None]
@@ -19,7 +20,7 @@ def each(M: Tensor, X: Tensor) -> Tensor:
     return torch.bmm(M.expand(X.shape[0], *M.shape), X)
 
 
-def cat(arrays: list, dim: int = 0):
+def cat(arrays: list[Array], dim: int = 0) -> Array:
     return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
 
 
@@ -37,10 +38,10 @@ class Linear(Part):
             self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(n, k)
             self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
 
-    def _set(self, stage: Stage, rows: Tensor, gauss_newton: bool, wrt_input: bool) -> None:
+    def _set(self, stage: Stage, rows: Float[Tensor, "B a_in"], gauss_newton: bool, wrt_input: bool) -> None:
         """rows: (B, a_in) inputs, or the patches of a convolution."""
         self.wrt_input, self.curved = wrt_input, wrt_input and not gauss_newton  # curved: whether F counts
-        self.W, self.bias = stage.module.weight.detach().flatten(1), stage.module.bias is not None
+        self.W, self.bias = stage.weight.flatten(1), stage.has_bias
         self.e = torch.zeros_like(stage.b) if gauss_newton else stage.b
         (self.a_out, self.fan_in), self.batch = self.W.shape, len(stage.inputs)
         Zt = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
@@ -48,7 +49,7 @@ class Linear(Part):
         (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
         self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
 
-    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV, n = self.J_T(V), self.m * self.a_out
         S = each(self.R, self.middle(JV)).reshape(n, n)
         if not self.wrt_input:
@@ -57,7 +58,7 @@ class Linear(Part):
         del JV
         return S, N, self.A_T(self.times_A(V))
 
-    def plus_F(self, JV: Tensor) -> Tensor:
+    def plus_F(self, JV: Float[Array, "n rows"]) -> Float[Array, "n k"]:
         """J^T V A + F; in rotated weights F ((j, o), (n, k)) = e_n[o] Q[k, j]."""
         N = self.times_A(JV)
         if self.F is not None:
@@ -69,42 +70,42 @@ class Linear(Part):
 
     # rows of V, and the order (sample, position; unit) in which R meets them: the same here, not for a convolution
 
-    def first(self, r: Tensor) -> Tensor:
+    def first(self, r: Array) -> Float[Array, "B ak"]:
         """(B a_out, k) -> (B, a_out k)."""
         return r.reshape(self.batch, -1)
 
-    def middle(self, X: Tensor) -> Tensor:
+    def middle(self, X: Array) -> Float[Array, "n B a_out"]:
         """(n, B a_out) -> (n, B, a_out)."""
         return X.reshape(-1, self.batch, self.a_out)
 
-    def flat(self, X: Tensor, k: int) -> Tensor:
+    def flat(self, X: Array, k: int) -> Float[Array, "rows k"]:
         """(B, a_out k) -> (B a_out, k)."""
         return X.reshape(-1, k)
 
-    def J_T(self, r: Tensor) -> Tensor:
+    def J_T(self, r: Float[Array, "rows k"]) -> Float[Array, "n k"]:
         return (self.R @ self.first(r)).reshape(self.m * self.a_out, -1)
 
-    def A_T(self, r: Tensor) -> Tensor:
+    def A_T(self, r: Float[Array, "rows k"]) -> Float[Array, "columns k"]:
         return each(self.W.T, r.reshape(self.batch, self.a_out, -1)).reshape(self.batch * self.fan_in, -1)
 
-    def A(self, y: Tensor) -> Tensor:
+    def A(self, y: Float[Array, "columns k"]) -> Float[Array, "rows k"]:
         return each(self.W, y.reshape(self.batch, self.fan_in, -1)).reshape(self.batch * self.a_out, -1)
 
-    def times_A(self, X: Tensor) -> Tensor:
+    def times_A(self, X: Float[Array, "r rows"]) -> Float[Array, "r columns"]:
         """X A for X (r, B a_out)."""
         return (X.reshape(-1, self.a_out) @ self.W).reshape(X.shape[0], -1)
 
-    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pull(self, r: Array) -> tuple[Array, Array | None]:
         return self.J_T(r), self.A_T(r) if self.wrt_input else None
 
-    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def push(self, x: Float[Array, "n k"], y: Float[Array, "columns k"] | None) -> Float[Array, "rows k"]:
         k = x.shape[1]
         moved = self.flat(self.R.T @ x.reshape(self.m, -1), k)
         return moved if y is None else moved + self.A(y)
 
     # vectors: g (p, k) in the order of the parameters <-> rotated (m a_out, k) and the perpendicular rest (a_out, d, k)
 
-    def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    def take_apart(self, g: Float[Array, "p k"]) -> tuple[Float[Array, "n k"], Float[Array, "a_out d k"] | None]:
         k, weights = g.shape[1], self.a_out * self.fan_in
         full = g[:weights].reshape(self.a_out, self.fan_in, k)
         if self.bias:
@@ -113,7 +114,7 @@ class Linear(Part):
         rest = full - each(self.Q, par) if self.perp else None
         return par.swapaxes(0, 1).reshape(self.m * self.a_out, k), rest
 
-    def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
+    def put_together(self, x: Float[Array, "n k"], rest: Float[Array, "a_out d k"] | None) -> Float[Array, "p k"]:
         k = x.shape[1]
         full = each(self.Q, x.reshape(self.m, self.a_out, k).swapaxes(0, 1))
         if rest is not None:
@@ -123,23 +124,23 @@ class Linear(Part):
 
     # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
 
-    def F_rest(self, y: Tensor) -> Tensor:
+    def F_rest(self, y: Float[Array, "columns k"]) -> Float[Array, "a_out d k"]:
         """(a_out, d, k): the perpendicular part of F y."""
         moved = (self.e.T @ y.reshape(self.batch, -1)).reshape(self.a_out, self.fan_in, -1)
         if self.bias:
             moved = cat([moved, 0.0 * moved[:, :1]], 1)
         return moved - each(self.Q, each(self.Q.T, moved))
 
-    def F_rest_T(self, rest: Tensor) -> Tensor:
+    def F_rest_T(self, rest: Float[Array, "a_out d k"]) -> Float[Array, "columns k"]:
         """(B a_in, k): its transpose, applied to a vector that is perpendicular already."""
         k = rest.shape[2]
         return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).reshape(self.batch * self.fan_in, k)
 
-    def beyond(self) -> Tensor:
+    def beyond(self) -> Float[Array, "a_in a_in"]:
         """I - Q Q^T on the weights of one unit."""
         return torch.eye(self.fan_in).to(self.Q) - self.Q_in @ self.Q_in.T
 
-    def add_perp(self, V: Tensor, factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
         if self.outer is not None:
             V.add_(self.outer, alpha=factor)
@@ -157,7 +158,8 @@ class SmallLinear(Linear):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.numpy())
 
-    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["SmallPivot", Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+        assert V is not None  # the last stage under such a loss is a Head
         V, n, k = V.numpy(), self.m * self.a_out, self.batch * self.fan_in
         JV = self.J_T(V)
         S = (self.R @ JV.T.reshape(self.batch, -1)).reshape(n, n)
@@ -171,7 +173,7 @@ class SmallLinear(Linear):
         S = Small(S, try_cholesky)
         return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
 
-    def add_perp(self, V: np.ndarray, factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
         if self.outer is not None:
             V += factor * self.outer
 
@@ -179,10 +181,11 @@ class SmallLinear(Linear):
 class SmallPivot(Pivot):
     """Tensors outside, arrays inside."""
 
-    def backward(self, r: Tensor, g: Tensor) -> tuple[tuple, Tensor | None]:
-        kept, r = super().backward(r.numpy(), g.numpy())
-        return kept, None if r is None else torch.from_numpy(r)
+    def backward(self, r: Tensor | None, g: Float[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
+        assert r is not None  # a small stage is not a Head
+        kept, back = super().backward(r.numpy(), g.numpy())
+        return kept, None if back is None else torch.from_numpy(back)
 
-    def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, y = super().forward(h, None if y is None else y.numpy())
-        return torch.from_numpy(x), torch.from_numpy(y)
+    def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], Tensor]:
+        x, moved = super().forward(h, None if y is None else y.numpy())
+        return torch.from_numpy(x), torch.from_numpy(moved)

@@ -2,10 +2,39 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from hinv.shapes import Array, Float
+
 from ..symmetric import SingularPivotError, Symmetric, factored
+
+Kept = tuple[
+    Any, Any
+]  # what the sweep back keeps of a stage for the sweep forth: S^-1 h, or half of it, and the rest beyond the batch
+
+
+class Eliminated:
+    """A stage eliminated at one damping: its share of inertia and determinant, and of the two sweeps of a solve."""
+
+    @property
+    def negative(self) -> int:
+        """Negative eigenvalues of its pivot block."""
+        raise NotImplementedError
+
+    @property
+    def log_abs_det(self) -> float:
+        """log |det| of its pivot block."""
+        raise NotImplementedError
+
+    def backward(self, r: Array | None, g: Array) -> tuple[Any, Array | None]:
+        """From r_l (None at the loss) and g_l: what `forward` needs of the stage, and r_{l-1} (None at the first stage)."""
+        raise NotImplementedError
+
+    def forward(self, h: Any, y: Array | None) -> tuple[Array, Array | None]:
+        """x_l, and y_l from y_{l-1} (None before the first stage, and behind the loss)."""
+        raise NotImplementedError
 
 
 class Part:
@@ -14,14 +43,15 @@ class Part:
     p: int  # parameters
     perp = 0  # how many of them the batch does not excite
 
-    def eliminate(self, V: Tensor, damping: float, try_cholesky: bool) -> tuple["Pivot", Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+        assert V is not None  # the last stage under a loss that leaves V to it is a Head
         S, N, V = self.blocks(V)
         S.diagonal().add_(damping)
         self.eliminate_perp(V, damping)
         S = factored(S, try_cholesky)
         return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
 
-    def eliminate_perp(self, V: Tensor | None, damping: float) -> None:
+    def eliminate_perp(self, V: Array | None, damping: float) -> None:
         if not self.perp:
             return
         if damping == 0:
@@ -31,31 +61,43 @@ class Part:
         if V is not None:
             self.add_perp(V, -1.0 / damping)
 
-    def blocks(self, V: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """J^T V J + E, J^T V A + F and A^T V A + G, new arrays; the last two None for the first stage."""
         raise NotImplementedError
 
-    def pull(self, r: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pull(self, r: Array) -> tuple[Array, Array | None]:
         """J^T r and A^T r."""
         raise NotImplementedError
 
-    def push(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def push(self, x: Array, y: Array | None) -> Array:
         """J x + A y."""
         raise NotImplementedError
 
-    def take_apart(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    def add_perp(self, V: Array, factor: float) -> None:
+        """V += factor F_rest^T F_rest."""
+        raise NotImplementedError
+
+    def F_rest(self, y: Array) -> Array:
+        """The part of F y beyond the span of the batch."""
+        raise NotImplementedError
+
+    def F_rest_T(self, rest: Array) -> Array:
+        """Its transpose."""
+        raise NotImplementedError
+
+    def take_apart(self, g: Array) -> tuple[Array, Array | None]:
         """A vector in the order of the parameters (p, k) -> in the order of S, and its part beyond the span of the batch."""
         return g, None
 
-    def put_together(self, x: Tensor, rest: Tensor | None) -> Tensor:
+    def put_together(self, x: Array, rest: Array | None) -> Array:
         return x
 
 
 @dataclass
-class Pivot:
+class Pivot(Eliminated):
     part: Part
     S: Symmetric
-    Y: Tensor | None
+    Y: Array | None
     damping: float
 
     @property
@@ -66,7 +108,7 @@ class Pivot:
     def log_abs_det(self) -> float:
         return self.S.log_abs_det + (self.part.perp * math.log(abs(self.damping)) if self.part.perp else 0.0)
 
-    def backward(self, r: Tensor, g: Tensor) -> tuple[tuple, Tensor | None]:
+    def backward(self, r: Array | None, g: Float[Array, "p k"]) -> tuple[Kept, Array | None]:
         g, rest = self.part.take_apart(g)
         if rest is not None:
             rest = rest / self.damping
@@ -78,7 +120,7 @@ class Pivot:
                 r -= self.part.F_rest_T(rest)
         return (w, rest), r
 
-    def forward(self, h: tuple, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Kept, y: Array | None) -> tuple[Float[Array, "p k"], Array]:
         w, rest = h
         if y is not None:
             w = w - self.Y @ y
