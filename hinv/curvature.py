@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hinv import paper, spectrum
 from hinv.errors import AccuracyWarning
+from hinv.html import table
 from hinv.network import Chain, losses
 from hinv.network.stages import check as check_stage
 from hinv.shapes import Float, Int
@@ -34,23 +35,18 @@ class Curvature(Matrix):
         return f"{type(self).__name__}({what})"
 
     def _repr_html_(self) -> str:
-        """A small table, for notebooks; the seconds are those of this machine."""
-        prediction = self.estimate()
+        """For notebooks; the seconds are those of this machine."""
+        prediction, stages = self.estimate(), self.chain.stages
         rows = {
-            type(self).__name__: f"{self.shape[0]:,} x {self.shape[1]:,}",
-            "stages": f"{len(self.chain.stages)}, {sum(bool(s.parameters) for s in self.chain.stages)} of them with parameters",
+            "stages": f"{len(stages)}, {sum(bool(s.parameters) for s in stages)} of them with parameters",
             "batch": f"{len(self.chain.inputs):,}",
             "arithmetic": f"{self.dtype} on {self.device}",
             "loss": f"{self.loss:.6g}",
-            "method": prediction.method,
-            "memory": f"{prediction.bytes[prediction.method] / 2**20:,.1f} MiB",
-            "time": f"about {prediction.seconds():.2g} s a factorization",
+            "cheapest method": prediction.method,
+            "memory of it": f"{prediction.bytes[prediction.method] / 2**20:,.1f} MiB",
+            "time of it": f"about {prediction.seconds():.1g} s",
         }
-        return (
-            "<table>"
-            + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
-            + "</table>"
-        )
+        return table(f"{type(self).__name__}, {self.shape[0]:,} x {self.shape[1]:,}", rows)
 
     # -- spectrum (`hinv.spectrum`) ------------------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ class Chain:
             losses.check_loss(loss, self.outputs, self.targets)
         self._backward()
 
+    def __repr__(self) -> str:
+        P = sum(p.numel() for p in self.parameters)
+        return f"Chain({len(self.stages)} stages, batch {len(self.inputs)}, {P} parameters)"
+
     @property
     def outputs(self) -> Float[Tensor, "B ..."]:
         """(B, ...) what the loss sees."""

@@ -33,7 +33,7 @@ ELEMENTWISE = (
 NOT_YET = torch.empty(0)  # b and slope of a stage before the walk backwards
 
 
-@dataclass
+@dataclass(repr=False)
 class Stage:
     """One module of the pipeline with its input z_{l-1}, its output z_l, the backward signal b_l and, if elementwise, its slope (B, a)."""
 
@@ -83,6 +83,10 @@ class Stage:
         return functional_call(
             self.module, self.named(x), (z.unsqueeze(0).clone(),)
         ).flatten()  # cloned: it may work in place
+
+    def __repr__(self) -> str:
+        a_in, a_out = (tuple(t.shape[1:]) for t in (self.inputs, self.outputs))
+        return f"Stage({self.name!r}, {self.module.__class__.__name__}, {self.kind}, {a_in} -> {a_out})"
 
     def __str__(self) -> str:
         return f"stage '{self.name}' ({self.module.__class__.__name__})"

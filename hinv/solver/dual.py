@@ -73,6 +73,10 @@ class Dual:
         self.units = [d.shape[1] for d in deltas]
         self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
 
+    def __repr__(self) -> str:
+        P, n = sum(self.sizes), len(self.L)
+        return f"Dual({P} x {P}, damping {self.damping:g}, by a Cholesky factor of {n} x {n}, {self.L.dtype})"
+
     @property
     def inertia(self) -> tuple[int, int, int]:
         return sum(self.sizes), 0, 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hinv.errors import AccuracyWarning, SingularShiftError
+from hinv.html import table
 from hinv.shapes import Float
 
 from .parts import HeadPivot, Structure
@@ -63,6 +64,20 @@ class Factor:
             definite = definite and pivot.negative == 0
         self.sizes = [part.p for _, part in stages]
         self.dtype, self.device = stages[0][0].inputs.dtype, stages[0][0].inputs.device
+
+    def __repr__(self) -> str:
+        P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
+        return f"Factor({P} x {P}, damping {self.damping:g}, {len(self.pivots)} stages, {negative} negative pivots, {self.dtype})"
+
+    def _repr_html_(self) -> str:
+        P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
+        rows = {
+            "damping": f"{self.damping:g}",
+            "stages": len(self.pivots),
+            "negative pivots": f"{negative:,}",
+            "arithmetic": f"{self.dtype} on {self.device}",
+        }
+        return table(f"Factor, {P:,} x {P:,}", rows)
 
     @cached_property
     def uncertainty(self) -> float:
