@@ -1,6 +1,7 @@
 # Two commands do everything: make reproduce, make test. Each sets itself up first.
 PROFILE ?= quick
 PARAMS  ?=
+JOBS    ?= 2
 PYTHON  ?= python3
 PY      := .venv/bin/python
 STAMP   := .venv/.installed
@@ -9,19 +10,21 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 MAP       := $(firstword $(NOTEBOOKS))
 CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
 SOURCES   := $(shell find hinv -name "*.py")
-# two notebooks at a time, one thread each, the longest first
+# JOBS notebooks at a time, one thread each, the longest first
 LONG      := $(wildcard notebooks/09*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
-NBVAL      = $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
-DONE      := $(NOTEBOOKS:notebooks/%=build/notebooks/%)
+ORDERED   := $(LONG) $(filter-out $(LONG),$(CHAPTERS))
+NBVAL      = OMP_NUM_THREADS=1 HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider -p no:jaxtyping --nbval-lax --nbval-cell-timeout=900
+DONE      := $(patsubst notebooks/%,build/notebooks/%,$(ORDERED) $(MAP))
 
 export PYTHONWARNINGS := ignore
+# training runs are found by their key, by notebooks and tests alike
+export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test bench lab clean
-.NOTPARALLEL:
+.PHONY: help setup reproduce notebooks parameters test check types bench wheel lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
-	@echo 'PROFILE=quick|full and PARAMS="seed=1 dataset=cifar10" set the parameters of make reproduce'
+	@echo 'JOBS=N notebooks at a time (2); PROFILE=quick|full and PARAMS="seed=1 dataset=cifar10" set the parameters of make reproduce'
 
 setup: $(STAMP)  ## .venv with the pinned packages and hinv in editable mode
 
@@ -33,7 +36,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP) parameters  ## run what changed of the notebooks, then the table of claims (build/report.html)
-	@$(MAKE) --no-print-directory --keep-going notebooks || true
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs $(JOBS) --keep-going notebooks || true
 	@$(PY) -m hinv.companion.reproduce report
 
 parameters: $(STAMP)
@@ -47,19 +50,30 @@ build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) build/parameters.json
 # the map quotes the numbers of all chapters
 $(MAP:notebooks/%=build/notebooks/%): $(CHAPTERS:notebooks/%=build/notebooks/%)
 
-test: $(STAMP)  ## ruff, pytest, and nbval on every notebook (results of make reproduce are left alone)
+check: $(STAMP)  ## for daily work: ruff, types, and the tests of the library (no notebooks)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n 2 tests
-	HINV_OUTPUT=$(CURDIR)/build/nbval OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(LONG) $(filter-out $(LONG),$(CHAPTERS))
-	HINV_OUTPUT=$(CURDIR)/build/nbval $(NBVAL) $(MAP)
+	$(PY) -m ty check
+	$(PY) -m pytest -q -n $(JOBS) tests
+
+test: check  ## make check, and nbval on every notebook (results of make reproduce are left alone)
+	$(NBVAL) -n $(JOBS) --dist loadfile $(ORDERED)
+	$(NBVAL) $(MAP)
 
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
 	$(PY) -m hinv.companion.bench
+
+wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outside the source tree
+	rm -rf dist build/wheel
+	$(PY) -m build --quiet --outdir dist .
+	$(PY) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build && wheel/bin/python $(CURDIR)/tests/smoke.py
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks
 
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
-	rm -rf build results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis hinv/__pycache__ tests/__pycache__
+	rm -rf build dist results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find hinv tests -name __pycache__ -prune -exec rm -rf {} +
 	find figures -type f ! -name README.md ! -name 04_sparsity.png -delete
