@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-jaxtyping.install_import_hook("hinv", "beartype.beartype")  # types and shapes are enforced at every call
+jaxtyping.install_import_hook("hinv", "enforce.enforced")  # types and shapes are enforced at every call
 
 from hinv import tall_skinny  # noqa: E402
 

@@ -5,7 +5,7 @@ z_L is one number. A layer's blocks are those of its stages by the chain rule to
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ def _stack(block: Derivatives, last: bool) -> Layer:
     return Layer(J, block.E, A, block.F.transpose(0, 1).flatten(1), torch.block_diag(*block.G))
 
 
+@runtime_checkable
 class Layered(Protocol):
     """What the functions of this room ask of their H: an `hinv.Hessian` has both."""
 

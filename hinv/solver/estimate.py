@@ -36,7 +36,7 @@ class Estimate:
         )
 
     def seconds(self, method: str | None = None) -> float:
-        """Predicted on this machine, to a factor of about three, derivatives included; measures its matrix product once (some milliseconds)."""
+        """Predicted on this machine, usually to a factor of four, derivatives included; measures its matrix product once (some milliseconds)."""
         method = method or self.method
         return (self.flops[method] + self.overhead[method]) / _rate()
 

@@ -27,6 +27,24 @@ def _loaded(**arguments) -> data.Images:
     return data.load(**arguments)
 
 
+@functools.lru_cache(maxsize=2)
+def _crops(
+    name: str,
+    fallback: str | None,
+    n: int | None,
+    side: int,
+    gray: bool,
+    dtype: torch.dtype,
+    probe: int,
+    seed: int,
+) -> tuple[data.Crops, data.Images]:
+    """Crops, and the images whose mean and variance they have. Kept, so that the runs of a sweep read and cut each picture once."""
+    source = data.source(name, fallback=fallback, n=n)
+    few = min(len(source.y), max(probe, 1000))
+    sample = _loaded(name=name, fallback=fallback, gray=gray, side=side, dtype=dtype, n=few, normalize=True)
+    return data.Crops(source, side, gray, sample.mean, sample.std, dtype, seed), sample
+
+
 def images(config: Config) -> RunImages:
     """Training, probe and test images with zero mean and unit variance by the training images' channels (of a sample of them under augmentation)."""
     dtype, side = getattr(torch, config.dtype), config.side
@@ -35,9 +53,9 @@ def images(config: Config) -> RunImages:
     if config.augment:
         if side is None:
             raise ValueError("random crops need side=, the size they are resized to")
-        source = data.source(**where, n=config.images)
-        sample = _loaded(**how, n=min(len(source.y), max(config.probe, 1000)), normalize=True)
-        train = data.Crops(source, side, config.gray, sample.mean, sample.std, dtype, config.seed)
+        train, sample = _crops(
+            where["name"], where["fallback"], config.images, side, config.gray, dtype, config.probe, config.seed
+        )
     else:
         sample = _loaded(**how, n=config.images, normalize=True)
         train = data.Stack(sample.x, sample.y)

@@ -47,6 +47,7 @@ class Session:
             None if config.epochs is None else int(config.epochs * (len(images.train) // config.batch)),
         ]
         self.last = min((b for b in budget if b is not None), default=None)
+        self.parameters = list(self.model.parameters())
         self.step, self.seconds, self.status = 0, 0.0, None
         self.good: list[Tensor] | None = None  # the weights before the last step, whose loss was finite
 
@@ -91,7 +92,7 @@ class Session:
 
     def _advance(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any] | None:
         """One step and its record; None, with the weights of the last good step, where the loss is not finite."""
-        before = [p.detach().clone() for p in self.model.parameters()]
+        before = [p.detach().clone() for p in self.parameters]
         start = time.perf_counter()
         x, y = (t.to(self.config.device) for t in batch)
         try:
@@ -101,7 +102,7 @@ class Session:
                 raise
             self.status = f"{STOPPED} {self.step}: {error}; the weights are those before step {self.step - 1}"
             with torch.no_grad():
-                for p, kept in zip(self.model.parameters(), self.good, strict=True):
+                for p, kept in zip(self.parameters, self.good, strict=True):
                     p.copy_(kept)
             warnings.warn(f"{self.config.method}, rate {self.config.rate:g}: {self.status}", UserWarning, stacklevel=4)
             return None
