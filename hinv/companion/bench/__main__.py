@@ -27,6 +27,7 @@ def main() -> int:
         "8 against dense": f.against_dense,
         "9 a million parameters": f.million,
         "dual": f.dual,
+        "10 import": f.imports,
     }
     start = time.perf_counter()
     for name, step in steps.items():

@@ -1,5 +1,7 @@
 """The figures, one function each."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -183,3 +185,21 @@ def dual() -> dict:
     G.structure(G.dtype)
     recursion, direct = seconds(lambda: eliminated(G)), seconds(lambda: G.factor(0.1))
     return {"recursion": recursion, "dual": direct, "chosen": G.estimate().method}
+
+
+def imports(pairs: int = 5) -> dict:
+    """What `import hinv` takes beyond `import torch`: medians over pairs of fresh processes, one after the other."""
+    code = (
+        "import time; start = time.perf_counter(); import {}; spent = time.perf_counter() - start; "
+        "peak = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')]; "
+        "print(spent, int(peak[0]) / 1024)"
+    )
+
+    def cost(modules: str) -> np.ndarray:
+        run = subprocess.run([sys.executable, "-c", code.format(modules)], capture_output=True, text=True, check=True)
+        return np.array(run.stdout.split(), float)
+
+    more = [cost("torch, hinv") - cost("torch") for _ in range(pairs + 1)][1:]  # the first pair reads the disk
+    seconds, megabytes = np.median(more, axis=0).tolist()
+    out = {"seconds_more": seconds, "megabytes_more": megabytes, "target": "at most 0.5 s and 60 MB"}
+    return out | {"reached": seconds <= 0.5 and megabytes <= 60}
