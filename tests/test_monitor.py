@@ -140,6 +140,7 @@ def test_small_models_with_every_backend():
         assert record["lambda_max"] > 0 and "errors" not in record
 
 
+@pytest.mark.usefixtures("unenforced")  # a name is not a tuple of names
 def test_what_cannot_be_measured_is_refused():
     x, y = data()
     model, loss = tall_skinny((6, 4, 3)), nn.CrossEntropyLoss()

@@ -14,9 +14,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hinv.shapes import Float
 
 
 def _root() -> Path:
@@ -36,7 +39,7 @@ def output(kind: str) -> Path:
     return folder
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
+def relative_error(value: Float[Tensor, "..."], reference: Float[Tensor, "..."]) -> float:
     """||value - reference|| / ||reference|| (Frobenius); the absolute error when the reference is zero."""
     if value.shape != reference.shape:
         raise ValueError(f"shapes differ: {tuple(value.shape)} and {tuple(reference.shape)}")
@@ -44,7 +47,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def agree(value: Tensor, reference: Tensor, tolerance: float, what: str) -> None:
+def agree(value: Float[Tensor, "..."], reference: Float[Tensor, "..."], tolerance: float, what: str) -> None:
     """Assert that two tensors agree to a relative tolerance and print a line without machine-dependent digits."""
     error = relative_error(value, reference)
     if not error <= tolerance:
@@ -52,7 +55,7 @@ def agree(value: Tensor, reference: Tensor, tolerance: float, what: str) -> None
     print(f"ok: {what}, relative error below {tolerance:.0e}")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A markdown table."""
     lines = [list(map(str, head)), ["---"] * len(head), *(list(map(str, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -90,7 +93,7 @@ class Claims:
         device: str = "cpu",
         data: str = "digits",
     ):
-        self.record = {
+        self.record: dict[str, Any] = {
             "notebook": number,
             "title": title,
             "seed": seed,
@@ -123,7 +126,7 @@ class Claims:
             + ("" if passed else f", measured {measured:.3e}")
         )
 
-    def note(self, **values) -> None:
+    def note(self, **values: Any) -> None:
         """Record numbers the prose needs, without a bound."""
         self.record["values"].update(values)
 
@@ -143,7 +146,7 @@ class Claims:
         print(f"ok: {len(self.record['claims'])} claims of notebook {self.record['notebook']} hold")
 
 
-def read(number: str) -> dict:
+def read(number: str) -> dict[str, Any]:
     """results/NN.json.
 
     Raises:
@@ -158,7 +161,7 @@ def read(number: str) -> dict:
 def commit() -> str:
     """The git commit of the project, with "+" if files differ from it, or "unknown" outside git."""
     try:
-        run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        run: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
         dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
@@ -28,6 +29,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from hinv.companion.checks import ROOT
+from hinv.shapes import Float, Int
 
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
 
@@ -39,19 +41,25 @@ class DataNotFound(FileNotFoundError):
 class Images(NamedTuple):
     """x (n, channels, side, side) in [0, 1] unless normalized; y (n,) int64; `name` says what was really loaded."""
 
-    x: Tensor
-    y: Tensor
+    x: Float[Tensor, "n channels height width"]
+    y: Int[Tensor, " n"]
     classes: list[str]
     name: str
-    mean: Tensor
-    std: Tensor
+    mean: Float[Tensor, " channels"]
+    std: Float[Tensor, " channels"]
+
+    def __repr__(self) -> str:
+        return f"Images({self.name}, {tuple(self.x.shape)}, {len(self.classes)} classes)"
+
+
+Picture = str | np.ndarray | Tensor  # a path, bytes (h, w, 3), or (channels, h, w) in [0, 1]
 
 
 class Source(NamedTuple):
     """Labelled pictures not yet read: paths, arrays (h, w, 3) of bytes, or tensors; y (n,) int64."""
 
-    pictures: list
-    y: Tensor
+    pictures: Sequence[Picture]
+    y: Int[Tensor, " n"]
     classes: list[str]
     name: str
 
@@ -134,13 +142,13 @@ def source(
 class Stack(Dataset):
     """Images in memory, for a DataLoader whose batches are lists of (epoch, number)."""
 
-    def __init__(self, x: Tensor, y: Tensor):
+    def __init__(self, x: Float[Tensor, "n ..."], y: Int[Tensor, " n"]):
         self.x, self.y = x, y
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
         index = torch.tensor([i for _, i in keys])
         return self.x[index], self.y[index]
 
@@ -152,7 +160,16 @@ class Crops(Dataset):
     Sets whose pictures fit into 2 GiB at twice the side are kept in memory after the first reading, and the first quarter of a GiB of crops too.
     """
 
-    def __init__(self, source: Source, side: int, gray: bool, mean: Tensor, std: Tensor, dtype: torch.dtype, seed: int):
+    def __init__(
+        self,
+        source: Source,
+        side: int,
+        gray: bool,
+        mean: Float[Tensor, " channels"],
+        std: Float[Tensor, " channels"],
+        dtype: torch.dtype,
+        seed: int,
+    ):
         self.source, self.side, self.gray, self.dtype, self.seed = source, side, gray, dtype, seed
         self.mean, self.std = mean[:, None, None].to(dtype), std[:, None, None].to(dtype)
         small = len(source.y) * 3 * (2 * side) ** 2 * 4 < 2**31
@@ -163,16 +180,16 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.source.y)
 
-    def _read(self, i: int) -> Tensor:
+    def _read(self, i: int) -> Float[Tensor, "channels height width"]:
         if self._kept is None:
             return _picture(self.source.pictures[i], self.gray, None)
         if i not in self._kept:
             self._kept[i] = _picture(self.source.pictures[i], self.gray, 2 * self.side).float()
         return self._kept[i]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
         missing = [key for key in keys if key not in self._cut]
-        made = {}
+        made: dict[tuple[int, int], Tensor] = {}
         with torch.random.fork_rng(devices=[]):
             for key in missing:
                 made[key] = self._crop(*key)
@@ -180,10 +197,10 @@ class Crops(Dataset):
         self._cut |= dict(list(made.items())[: self._room - len(self._cut)])
         return (x.to(self.dtype) - self.mean) / self.std, self.source.y[torch.tensor([i for _, i in keys])]
 
-    def _crop(self, epoch: int, i: int) -> Tensor:
+    def _crop(self, epoch: int, i: int) -> Float[Tensor, "channels side side"]:
         torch.default_generator.manual_seed(hash((self.seed, epoch, i)))  # of integers: the same in every process
         picture = self._read(i)
-        box = RandomResizedCrop.get_params(picture, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3))
+        box = RandomResizedCrop.get_params(picture, scale=[0.35, 1.0], ratio=[3 / 4, 4 / 3])
         cut = transforms.resized_crop(picture, *box, [self.side, self.side], antialias=True)
         return cut.flip(-1) if torch.rand(()) < 0.5 else cut
 
@@ -193,7 +210,10 @@ def folder() -> Path:
     return Path(os.environ.get("HINV_DATA", ROOT / "data"))
 
 
-def _digits(split: str):
+Found = tuple[Sequence[Picture], np.ndarray, list[str], str]  # pictures, labels, names of the classes, what was found
+
+
+def _digits(split: str) -> Found:
     digits = load_digits()
     train, test = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
     index = train if split == "train" else test
@@ -201,7 +221,7 @@ def _digits(split: str):
     return pictures, digits.target[index], [str(c) for c in digits.target_names], "digits"
 
 
-def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeout: float):
+def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeout: float) -> Found:
     home = folder()
     if name == "cifar10":
         for root in (home, home / name):
@@ -234,7 +254,7 @@ def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeo
     )
 
 
-def _official_cifar10(root: Path, split: str):
+def _official_cifar10(root: Path, split: str) -> Found:
     data = CIFAR10(str(root), train=split == "train", download=False)
     return list(data.data), np.array(data.targets), data.classes, "cifar10"
 
@@ -290,7 +310,7 @@ def _fetch(url: str, path: Path, timeout: float) -> None:
                 raise TimeoutError(f"not finished after {timeout:g} s ({file.tell():,} bytes so far)")
 
 
-def _balanced(labels: np.ndarray, n: int | None, seed: int, found: str) -> list[int]:
+def _balanced(labels: Int[np.ndarray, " n"], n: int | None, seed: int, found: str) -> list[int]:
     """n indices, the classes taking turns: sort by (rank within a shuffled class, random order of the classes)."""
     if n is None:
         return list(range(len(labels)))
@@ -306,7 +326,7 @@ def _balanced(labels: np.ndarray, n: int | None, seed: int, found: str) -> list[
     return np.lexsort((turn[labels], rank))[:n].tolist()
 
 
-def _picture(picture, gray: bool, side: int | None) -> Tensor:
+def _picture(picture: Picture, gray: bool, side: int | None) -> Float[Tensor, "channels height width"]:
     """A path, an array (h, w, 3) of bytes, or a tensor -> (channels, h, w) in [0, 1]."""
     if isinstance(picture, str):
         try:
@@ -319,5 +339,5 @@ def _picture(picture, gray: bool, side: int | None) -> Tensor:
     if gray and len(picture) == 3:
         picture = transforms.rgb_to_grayscale(picture)
     if side is not None:
-        picture = transforms.center_crop(transforms.resize(picture, side, antialias=True), [side, side])
+        picture = transforms.center_crop(transforms.resize(picture, [side], antialias=True), [side, side])
     return picture

@@ -1,6 +1,7 @@
 """Figures: one style, one function per role. Only this module imports matplotlib."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,13 +9,16 @@ import seaborn as sns
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hinv.companion.checks import output
 from hinv.paper import BlockMatrix
+from hinv.shapes import Float
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*<>"
+Numbers = Sequence[float] | np.ndarray | Tensor
 
 sns.set_theme(
     context="notebook",
@@ -34,7 +38,7 @@ def save(figure: Figure, name: str) -> Figure:
 
 
 def heatmaps(
-    matrices: Mapping[str, Tensor], boundaries: Sequence[int] = (), unit: str = "", mark: int | None = None
+    matrices: Mapping[str, Float[Tensor, "_ _"]], boundaries: Numbers = (), unit: str = "", mark: int | None = None
 ) -> Figure:
     """Matrices side by side on one symmetric logarithmic colour scale.
 
@@ -67,7 +71,7 @@ def patterns(matrices: Mapping[str, BlockMatrix], family: Callable[[str, int, in
     figure, axes = plt.subplots(
         rows, min(columns, count), figsize=(3.7 * min(columns, count), 3.9 * rows), layout="constrained", squeeze=False
     )
-    colours: dict[str, tuple] = {}
+    colours: dict[str, tuple[float, float, float]] = {}
     for axis, title in zip(axes.flat, titles, strict=False):
         matrix = matrices[title]
         tops, lefts = np.cumsum([0, *matrix.row_sizes]), np.cumsum([0, *matrix.col_sizes])
@@ -86,7 +90,7 @@ def patterns(matrices: Mapping[str, BlockMatrix], family: Callable[[str, int, in
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Numbers, Numbers]],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -113,14 +117,16 @@ def curves(
     if "y" in log:
         axis.set_yscale("log")
     elif all(isinstance(value, int) for _, y in series.values() for value in y):
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        locator = axis.yaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator)  # of a linear axis
+        locator.set_params(integer=True)
     axis.legend(frameon=False)
     sns.despine(figure)
     return figure
 
 
 def bands(
-    runs: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    runs: Mapping[str, Sequence[tuple[Numbers, Numbers]]],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -160,9 +166,7 @@ def bands(
     return figure
 
 
-def dots(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, title: str, bound: float | None = None
-) -> Figure:
+def dots(groups: Mapping[str, Mapping[str, Numbers]], xlabel: str, title: str, bound: float | None = None) -> Figure:
     """Measurements on a logarithmic axis: one row for each group, one colour for each name; a dashed vertical bound."""
     names = sorted({name for group in groups.values() for name in group})
     figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(groups) + 1.6), layout="constrained")
@@ -182,7 +186,7 @@ def dots(
 
 
 def categories(
-    table: Sequence[Sequence[str]], rows: Sequence, columns: Sequence, ylabel: str, xlabel: str, title: str
+    table: Sequence[Sequence[str]], rows: Sequence[Any], columns: Sequence[Any], ylabel: str, xlabel: str, title: str
 ) -> Figure:
     """A grid of named cells, one colour and the name in each."""
     names = sorted({name for line in table for name in line})
@@ -199,9 +203,9 @@ def categories(
 
 
 def spectrum(
-    edges: Sequence[float],
-    counts: Sequence[int],
-    estimates: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    edges: Numbers,
+    counts: Numbers,
+    estimates: Mapping[str, tuple[Numbers, Numbers]] | None = None,
     title: str = "",
 ) -> Figure:
     """Exact eigenvalue counts per bin as steps, and estimated densities (grid, density) as the numbers they predict for the same bins."""

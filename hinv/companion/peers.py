@@ -6,32 +6,39 @@ PEERS[question][library] is a function of (model, loss, x, y). A library without
 import copy
 import math
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hinv.curvature import GGN, Hessian
+from hinv.network import losses
+from hinv.shapes import Float
+from hinv.solver.products import operator as linear_operator
 
 DAMPING = 1e-2  # of the determinants, inertias and solves
 SIGMA = 2e-2  # where an interior eigenvalue is asked for
 LEVEL = -1e-3  # of the share of the spectrum below
+Answer = float | Tensor
+Ask = Callable[..., Answer]  # of (model, loss, x, y)
 LIBRARIES = ("hinv", "PyHessian", "hessian-eigenthings", "BackPACK", "curvlinops")
 
 
-def _pyhessian(model, loss, x, y):
+def _pyhessian(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Any:
     from pyhessian import hessian
 
     return hessian(copy.deepcopy(model), loss, data=(x, y), cuda=x.is_cuda)
 
 
-def eigenthings(model, loss, x, y):
+def eigenthings(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> tuple[ModuleType, Any]:
     import hessian_eigenthings as he
 
     return he, he.HessianOperator(copy.deepcopy(model), [(x, y)], he.supervised_loss(loss))
 
 
-def _lanczos(which: str, k: int = 1) -> Callable:
-    def ask(*problem) -> float | Tensor:
+def _lanczos(which: str, k: int = 1) -> Ask:
+    def ask(*problem: Any) -> Answer:
         he, operator = eigenthings(*problem)
         values = he.lanczos(operator, k=k, which=which, max_iter=min(50, operator.size), seed=0).eigenvalues
         return values[0].item() if k == 1 else values.sort().values
@@ -39,15 +46,15 @@ def _lanczos(which: str, k: int = 1) -> Callable:
     return ask
 
 
-def _linop(model, loss, x, y):
+def _linop(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> tuple[ModuleType, Any]:
     import curvlinops
 
     model = copy.deepcopy(model)
     return curvlinops, curvlinops.HessianLinearOperator(model, loss, list(model.parameters()), [(x, y)])
 
 
-def _arpack(which: str, k: int = 1) -> Callable:
-    def ask(*problem) -> float | Tensor:
+def _arpack(which: str, k: int = 1) -> Ask:
+    def ask(*problem: Any) -> Answer:
         from scipy.sparse.linalg import eigsh
 
         operator = _linop(*problem)[1].to_scipy()
@@ -58,10 +65,10 @@ def _arpack(which: str, k: int = 1) -> Callable:
     return ask
 
 
-def _seeded(function: Callable) -> Callable:
+def _seeded(function: Ask) -> Ask:
     """curvlinops and PyHessian draw from the global random numbers."""
 
-    def ask(*problem):
+    def ask(*problem: Any) -> Answer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return function(*problem)
@@ -69,8 +76,8 @@ def _seeded(function: Callable) -> Callable:
     return ask
 
 
-def _backpack(extension: str, attribute: str) -> Callable:
-    def ask(model, loss, x, y) -> Tensor:
+def _backpack(extension: str, attribute: str) -> Callable[..., Tensor]:
+    def ask(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, " P"]:
         from backpack import backpack, extend, extensions
 
         model = extend(copy.deepcopy(model))
@@ -81,35 +88,35 @@ def _backpack(extension: str, attribute: str) -> Callable:
     return ask
 
 
-def _share_below(grid: Tensor, density: Tensor) -> float:
+def _share_below(grid: Float[Tensor, " n"], density: Float[Tensor, " n"]) -> float:
     return (torch.trapezoid(density * (grid < LEVEL), grid) / torch.trapezoid(density, grid)).item()
 
 
-def _pyhessian_density(*problem) -> float:
+def _pyhessian_density(*problem: Any) -> float:
     values, weights = _pyhessian(*problem).density()
     below = [sum(w for v, w in zip(vs, ws, strict=True) if v < LEVEL) for vs, ws in zip(values, weights, strict=True)]
     return float(sum(below) / len(below))
 
 
-def _eigenthings_density(*problem) -> float:
+def _eigenthings_density(*problem: Any) -> float:
     he, operator = eigenthings(*problem)
     result = he.spectral_density(operator, seed=0)
     return _share_below(result.grid, result.density)
 
 
-def _linop_density(*problem) -> float:
+def _linop_density(*problem: Any) -> float:
     curvlinops, operator = _linop(*problem)
     return _share_below(*curvlinops.lanczos_approximate_spectrum(operator, ncv=64, num_repeats=10))
 
 
-def _eigenthings_ggn(model, loss, x, y) -> float:
+def _eigenthings_ggn(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> float:
     import hessian_eigenthings as he
 
     operator = he.GGNOperator(copy.deepcopy(model), [(x, y)], he.supervised_forward, he.supervised_loss_of_output(loss))
     return he.lanczos(operator, k=1, which="LA", max_iter=min(50, operator.size), seed=0).eigenvalues[0].item()
 
 
-def _linop_ggn(model, loss, x, y) -> float:
+def _linop_ggn(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> float:
     import curvlinops
     from scipy.sparse.linalg import eigsh
 
@@ -119,7 +126,7 @@ def _linop_ggn(model, loss, x, y) -> float:
     return float(eigsh(operator, 1, which="LA", v0=start, return_eigenvectors=False)[0])
 
 
-def _linop_solve(*problem) -> Tensor:
+def _linop_solve(*problem: Any) -> Float[Tensor, " P"]:
     from curvlinops.examples import IdentityLinearOperator
 
     curvlinops, operator = _linop(*problem)
@@ -129,17 +136,17 @@ def _linop_solve(*problem) -> Tensor:
     return curvlinops.CGInverseLinearOperator(damped, max_iter=200, tolerance=1e-8, eps=0.0) @ b
 
 
-def _interior_arpack(*problem) -> float:
+def _interior_arpack(*problem: Any) -> float:
     """Without a factorization: Lanczos for the smallest magnitude of H - sigma I, by products, with a budget."""
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import eigsh
 
     operator = _linop(*problem)[1].to_scipy()
-    shifted = LinearOperator(operator.shape, matvec=lambda v: operator @ v - SIGMA * v, dtype=operator.dtype)
+    shifted = linear_operator(operator.shape, operator.dtype, matvec=lambda v: operator @ v - SIGMA * v)
     start = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0)).numpy()
     return SIGMA + float(eigsh(shifted, 1, which="SM", v0=start, maxiter=20, return_eigenvectors=False)[0])
 
 
-def _distributed(model, loss, x, y) -> Tensor:
+def _distributed(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, " P"]:
     """One process: enough to see that it runs, and gives the product."""
     import tempfile
     from pathlib import Path
@@ -157,7 +164,7 @@ def _distributed(model, loss, x, y) -> Tensor:
             torch.distributed.destroy_process_group()
 
 
-PEERS: dict[str, dict[str, Callable]] = {
+PEERS: dict[str, dict[str, Ask]] = {
     "largest eigenvalue": {
         "hinv": lambda *p: Hessian(*p).eigsh(1, "LA").values[0].item(),
         "PyHessian": _seeded(lambda *p: float(_pyhessian(*p).eigenvalues()[0][0])),
@@ -217,7 +224,7 @@ PEERS: dict[str, dict[str, Callable]] = {
 }
 
 
-def truth(model, loss, x, y) -> dict[str, float | Tensor]:
+def truth(model: nn.Sequential, loss: losses.Loss, x: Tensor, y: Tensor) -> dict[str, Answer]:
     """The same from the dense matrices (P up to a few thousand)."""
     H, G = Hessian(model, loss, x, y), GGN(model, loss, x, y).dense()
     D = H.dense()
@@ -240,7 +247,7 @@ def truth(model, loss, x, y) -> dict[str, float | Tensor]:
     }
 
 
-def error(answer: float | Tensor, exact: float | Tensor) -> float:
+def error(answer: Answer, exact: Answer) -> float:
     """|answer - exact| / |exact| in the 2-norm; absolute where the exact one is zero.
 
     Raises:

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -28,12 +29,12 @@ class PlainProgress(NBClientEngine):
     """papermill's engine with a plain line for each cell instead of a progress bar."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *args: Any, **kwargs: Any) -> Any:
         complete, started, done = nb_man.cell_complete, time.monotonic(), 0
         name = Path(kwargs.pop("input_path", "notebook")).stem
         total = sum(cell.cell_type == "code" for cell in nb_man.nb.cells)
 
-        def report(cell, cell_index=None, **rest):
+        def report(cell: Any, cell_index: int | None = None, **rest: Any) -> None:
             nonlocal done
             complete(cell, cell_index, **rest)
             if cell.cell_type == "code":
@@ -43,7 +44,7 @@ class PlainProgress(NBClientEngine):
                 print(f"{name}: cell {done} of {total}, {elapsed:.0f} s, about {left:.0f} s left", flush=True)
 
         nb_man.cell_complete = report
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        return super().execute_managed_notebook(nb_man, kernel_name, *args, **kwargs)
 
 
 papermill_engines.register("plain", PlainProgress)
@@ -53,13 +54,13 @@ def known_parameters(notebook: Path) -> set[str]:
     return set(papermill.inspect_notebook(str(notebook)))
 
 
-def write_parameters(pairs: list[str], path: Path | None = None) -> dict:
+def write_parameters(pairs: list[str], path: Path | None = None) -> dict[str, Any]:
     """Check name=value pairs against the notebooks' parameter cells; write the file only if it changes (make looks at its date).
 
     Raises:
         ValueError: a pair without "=", a parameter no notebook has, an unknown profile.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
@@ -86,7 +87,7 @@ def write_parameters(pairs: list[str], path: Path | None = None) -> dict:
     return values
 
 
-def run(notebook: Path, parameters: dict | None = None, build: Path | None = None) -> Path:
+def run(notebook: Path, parameters: dict[str, Any] | None = None, build: Path | None = None) -> Path:
     """Execute a notebook into build/notebooks/. One that fails is kept as NN_name.failed.ipynb with its traceback.
 
     Raises:
@@ -106,7 +107,12 @@ def run(notebook: Path, parameters: dict | None = None, build: Path | None = Non
     for stale in (done, failed, output("results") / f"{notebook.stem[:2]}.json"):
         stale.unlink(missing_ok=True)
     try:
-        options = {"engine_name": "plain", "kernel_name": "python3", "progress_bar": False, "cwd": str(notebook.parent)}
+        options: dict[str, Any] = {
+            "engine_name": "plain",
+            "kernel_name": "python3",
+            "progress_bar": False,
+            "cwd": str(notebook.parent),
+        }
         options["extra_arguments"] = ["--IPKernelApp.log_level=40"]  # its note on TCP transport is no news here
         papermill.execute_notebook(str(notebook), str(working), parameters, **options)
     except BaseException:  # a failed cell, a dead kernel, Ctrl-C: what was reached is kept
@@ -117,9 +123,9 @@ def run(notebook: Path, parameters: dict | None = None, build: Path | None = Non
     return done
 
 
-def rows() -> list[dict]:
+def rows() -> list[dict[str, Any]]:
     """Every claim of every notebook that ran, and one failed row for each notebook that did not finish."""
-    out = []
+    out: list[dict[str, Any]] = []
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         number = notebook.stem[:2]
         result = output("results") / f"{number}.json"
@@ -160,7 +166,7 @@ def _failure(notebook: Path) -> str:
     return f"{notebook.name} failed ({reason}); kept as {failed.relative_to(ROOT)}"
 
 
-def _number(value) -> str:
+def _number(value: Any) -> str:
     return "" if value is None else f"{value:.2e}" if isinstance(value, float) else str(value)
 
 

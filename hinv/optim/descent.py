@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn.utils import parameters_to_vector
 
 from hinv.errors import NotFiniteError
 from hinv.network import losses
+from hinv.shapes import Float
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class StepReport:
 class Direction:
     """d, and what it came from."""
 
-    d: Tensor
+    d: Float[Tensor, " P"]
     inertia: tuple[int, int, int] | None = None
     factorizations: int = 0
     note: str = ""
@@ -67,7 +69,15 @@ class Descent:
             raise ValueError(f"clip must be a positive number or None, not {clip}")
         self.clip = clip
 
-    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    def __repr__(self) -> str:
+        P, rate = sum(p.numel() for p in self.parameters), self.optimizer.param_groups[0]["lr"]
+        return f"{type(self).__name__}({P} parameters, {type(self.optimizer).__name__} with rate {rate:g}{self._settings()})"
+
+    def _settings(self) -> str:
+        """What else the method depends on, for its repr."""
+        return ""
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Float[Tensor, " P"]]:
         with torch.enable_grad():
             value = losses.value(self.loss, self.model(inputs), targets)
             gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
@@ -76,7 +86,7 @@ class Descent:
             raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
         return value.item(), g
 
-    def _move(self, d: Tensor) -> None:
+    def _move(self, d: Float[Tensor, " P"]) -> None:
         """One step of the torch optimizer with d in place of the gradient."""
         pieces = d.split([p.numel() for p in self.parameters])
         for p, piece in zip(self.parameters, pieces, strict=True):
@@ -86,14 +96,14 @@ class Descent:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _position(self) -> Tensor:
+    def _position(self) -> Float[Tensor, " P"]:
         return parameters_to_vector(self.parameters).detach()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as torch.save and torch.load(weights_only=True) take it. The model's weights are not in it."""
         return {"optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -6,27 +6,29 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hinv.curvature import Hessian
+from hinv.network import losses
 
-Measures = dict[str, Callable[[], dict]]  # name -> what measures it, as entries of the record
+Measures = dict[str, Callable[[], dict[str, Any]]]  # name -> what measures it, as entries of the record
 
 
-def _exact(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
-    H = Hessian(model, loss, x, y).double()
+def _exact(model: nn.Module, loss: losses.Loss, x: Tensor, y: Tensor, damping: float) -> Measures:
+    H = Hessian(model, loss, x, y).double()  # ty: ignore[invalid-argument-type]  # anything else is refused there
 
-    def end(name: str, which: str) -> dict:
+    def end(name: str, which: str) -> dict[str, Any]:
         found = H.eigsh(1, which)
         return {name: found.values[0].item(), f"{name}_certified": found.certified}
 
-    def negative() -> dict:  # away from the zeros of weights that the batch does not excite
+    def negative() -> dict[str, Any]:  # away from the zeros of weights that the batch does not excite
         below = -NEGATIVE * H.eigsh(1, "LM").values.abs().max().item()
         return {"negative": H.count_below(below), "negative_below": below}
 
-    def logdet() -> dict:
+    def logdet() -> dict[str, Any]:
         sign, value = H.logdet(damping)
         return {"logdet": value, "logdet_sign": sign}
 
@@ -39,12 +41,12 @@ def _exact(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: floa
     }
 
 
-def _pyhessian(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
+def _pyhessian(model: nn.Module, loss: losses.Loss, x: Tensor, y: Tensor, damping: float) -> Measures:
     from pyhessian import hessian
 
     h = hessian(model, loss, data=(x, y), cuda=x.is_cuda)
 
-    def lambda_max() -> dict:
+    def lambda_max() -> dict[str, Any]:
         value = float(h.eigenvalues()[0][0])
         if value < 0:  # power iteration goes for the magnitude
             raise ArithmeticError(
@@ -52,23 +54,23 @@ def _pyhessian(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: 
             )
         return {"lambda_max": value}
 
-    def trace() -> dict:
+    def trace() -> dict[str, Any]:
         samples = torch.tensor(h.trace(tol=0.0), dtype=torch.float64)  # its default tolerance stops after as few as two
         return {"trace": samples.mean().item(), "trace_error": (samples.std() / len(samples) ** 0.5).item()}
 
     return {"lambda_max": lambda_max, "trace": trace}
 
 
-def _hessian_eigenthings(model: nn.Module, loss: Callable, x: Tensor, y: Tensor, damping: float) -> Measures:
+def _hessian_eigenthings(model: nn.Module, loss: losses.Loss, x: Tensor, y: Tensor, damping: float) -> Measures:
     import hessian_eigenthings as he
 
     operator = he.HessianOperator(model, [(x, y)], he.supervised_loss(loss))
     steps = min(50, operator.size)  # its default converges nothing; 50 is the most it reorthogonalizes
 
-    def end(name: str, which: str) -> dict:
+    def end(name: str, which: Literal["LA", "SA"]) -> dict[str, Any]:
         return {name: float(he.lanczos(operator, k=1, which=which, max_iter=steps, seed=0).eigenvalues[0])}
 
-    def trace() -> dict:
+    def trace() -> dict[str, Any]:
         estimate = he.trace(operator, num_matvecs=99, seed=0)
         return {"trace": float(estimate.estimate), "trace_error": float(estimate.stderr)}
 
@@ -116,14 +118,14 @@ class CurvatureMonitor:
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: losses.Loss,
         inputs: Tensor,
         targets: Tensor,
         every: int = 500,
         what: tuple[str, ...] = ("lambda_max", "trace"),
         backend: str = "hinv",
         path: str | Path | None = None,
-        writer=None,
+        writer: Any = None,
         damping: float = 1e-2,
     ):
         if every < 1:
@@ -138,20 +140,24 @@ class CurvatureMonitor:
         self.model, self.loss, self.probe = model, loss, (inputs.detach().clone(), targets.detach().clone())
         self.every, self.what, self.backend, self.damping = every, tuple(what), backend, damping
         self.path, self.writer = None if path is None else Path(path), writer
-        self.step, self.records, self.seconds, self._started = 0, [], 0.0, time.perf_counter()
+        self.step, self.seconds, self._started = 0, 0.0, time.perf_counter()
+        self.records: list[dict[str, Any]] = []
+
+    def __repr__(self) -> str:
+        return f"CurvatureMonitor({', '.join(self.what)} by {self.backend}, every {self.every} steps; {len(self.records)} records)"
 
     @property
     def fraction(self) -> float:
         """Share of the time since the monitor was made that went into measuring."""
         return self.seconds / max(time.perf_counter() - self._started, 1e-12)
 
-    def __call__(self) -> dict | None:
+    def __call__(self) -> dict[str, Any] | None:
         """Count one step; every `every` steps measure, and return the record."""
         step, self.step = self.step, self.step + 1
         if step % self.every:
             return None
         start = time.perf_counter()
-        record = {"step": step, "backend": self.backend}
+        record: dict[str, Any] = {"step": step, "backend": self.backend}
         cuda = torch.cuda.is_initialized()
         devices = list(range(torch.cuda.device_count())) if cuda else []
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), warnings.catch_warnings():

@@ -1,6 +1,10 @@
 """(C + eps I)^-1 g, with the Hessian or the Gauss-Newton matrix."""
 
+import torch
+from torch import nn
+
 from hinv.curvature import GGN, Hessian
+from hinv.network import losses
 
 from .preconditioned import Preconditioned
 
@@ -14,7 +18,16 @@ class DampedNewton(Preconditioned):
     kind = Hessian
 
     def __init__(
-        self, model, loss, optimizer=None, clip=None, damping=1.0, adapt=1.0, every=1, accept=False, sample=None
+        self,
+        model: nn.Sequential,
+        loss: losses.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+        damping: float = 1.0,
+        adapt: float = 1.0,
+        every: int = 1,
+        accept: bool = False,
+        sample: int | None = None,
     ):
         super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
 
@@ -29,6 +42,15 @@ class GaussNewton(DampedNewton):
     kind = GGN
 
     def __init__(
-        self, model, loss, optimizer=None, clip=None, damping=0.1, adapt=3.0, every=1, accept=True, sample=None
+        self,
+        model: nn.Sequential,
+        loss: losses.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+        damping: float = 0.1,
+        adapt: float = 3.0,
+        every: int = 1,
+        accept: bool = True,
+        sample: int | None = None,
     ):
         super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from hinv.curvature import Curvature
 from hinv.errors import SingularShiftError
 from hinv.network import losses
+from hinv.shapes import Float
 from hinv.solver.estimate import require
 
 from .descent import Descent, Direction, StepReport
@@ -65,6 +67,10 @@ class Preconditioned(Descent):
         self._curvature: Curvature | None = None  # the one that was factored, and at which damping
         self._used, self._age, self._checked = 0.0, 0, False
 
+    def _settings(self) -> str:
+        damping = "" if self.damping is None else f", damping {self.damping:g}"
+        return f"{damping}, every {self.every}" + (f", sample {self.sample}" if self.sample else "")
+
     # what a subclass says
 
     def estimate(self, C: Curvature) -> str:
@@ -78,16 +84,16 @@ class Preconditioned(Descent):
         require(prediction, prediction.method, C.device)
         return str(prediction)
 
-    def _direct(self, C: Curvature, g: Tensor) -> Direction:
+    def _direct(self, C: Curvature, /, g: Float[Tensor, " P"]) -> Direction:
         """A direction from a fresh matrix; keeps what `_again` needs."""
         self._keep(C)
         return replace(self._again(g), factorizations=1)
 
-    def _keep(self, C: Curvature) -> None:
+    def _keep(self, C: Curvature, /) -> None:
         """Factor C at the damping `_used`."""
         self._factor = C.factor(self._used)
 
-    def _again(self, g: Tensor) -> Direction:
+    def _again(self, g: Float[Tensor, " P"]) -> Direction:
         """A direction for a gradient from what was kept."""
         return Direction(self._factor.solve(g), self._factor.inertia)
 
@@ -144,9 +150,9 @@ class Preconditioned(Descent):
         self,
         report: StepReport,
         C: Curvature,
-        g: Tensor,
-        s: Tensor,
-        before: Tensor,
+        g: Float[Tensor, " P"],
+        s: Float[Tensor, " P"],
+        before: Float[Tensor, " P"],
         inputs: Tensor,
         targets: Tensor,
     ) -> StepReport:
@@ -157,7 +163,7 @@ class Preconditioned(Descent):
         gain = report.loss - loss_after
         ratio = gain / decrease if decrease else math.nan
         good = math.isfinite(loss_after) and gain >= SUFFICIENT * max(decrease, 0.0)
-        self._adjust(ratio if good else -math.inf, report.step_norm)
+        self._adjust(ratio if good else -math.inf, s.norm().item())
         report = replace(report, loss_after=loss_after, decrease=decrease, ratio=ratio)
         if good or not self.accept:
             return report
@@ -167,7 +173,7 @@ class Preconditioned(Descent):
         note = "; ".join(filter(None, [report.note, "taken back: the loss rose"]))
         return replace(report, step_norm=0.0, accepted=False, note=note)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
         if self._curvature is not None and self._age % self.every:
             chain = self._curvature.chain  # the factorization itself is made again: the batch and weights determine it
@@ -175,7 +181,7 @@ class Preconditioned(Descent):
             state["held"] = {"inputs": chain.inputs, "targets": chain.targets, "parameters": at}
         return state
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.damping, self._used, self._age = state["damping"], state["used"], state["age"]
         self._curvature = None

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hinv.curvature import Curvature, Hessian
 from hinv.errors import SingularShiftError
+from hinv.network import losses
+from hinv.shapes import Float
 from hinv.solver.estimate import require
 
 from .descent import Direction
@@ -27,16 +29,16 @@ class SaddleFreeNewton(Preconditioned):
 
     def __init__(
         self,
-        model,
-        loss,
-        optimizer=None,
-        clip=None,
-        damping=0.1,
-        adapt=3.0,
-        pairs=20,
-        every=1,
-        accept=True,
-        sample=None,
+        model: nn.Sequential,
+        loss: losses.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+        damping: float = 0.1,
+        adapt: float = 3.0,
+        pairs: int | None = 20,
+        every: int = 1,
+        accept: bool = True,
+        sample: int | None = None,
     ):
         super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
         P = sum(p.numel() for p in self.parameters)
@@ -53,7 +55,7 @@ class SaddleFreeNewton(Preconditioned):
         size = 8 * P * (max(2 * self.pairs + 1, 20) + self.pairs)  # ARPACK's basis and the vectors it returns, float64
         return f"{P:,} parameters, batch {prediction.batch}: Lanczos, about {size / 2**20:,.0f} MiB"
 
-    def _direct(self, H: Curvature, g: Tensor) -> Direction:
+    def _direct(self, H: Curvature, g: Float[Tensor, " P"]) -> Direction:
         self._keep(H)
         return self._again(g)
 
@@ -77,7 +79,7 @@ class SaddleFreeNewton(Preconditioned):
         self._values = values.abs()
         self._negative = int((values < 0).sum()) if self.pairs is None else None
 
-    def _again(self, g: Tensor) -> Direction:
+    def _again(self, g: Float[Tensor, " P"]) -> Direction:
         inner = self._vectors.T @ g
         d = self._vectors @ (inner / (self._values + self._used))
         if self.pairs is not None:

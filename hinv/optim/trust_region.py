@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hinv.curvature import Curvature, Hessian
 from hinv.errors import SingularShiftError
+from hinv.network import losses
+from hinv.shapes import Float
+from hinv.solver.dual import Dual
+from hinv.solver.factor import Factor
 
 from .descent import Direction
 from .preconditioned import Preconditioned
@@ -32,7 +37,18 @@ class TrustRegionNewton(Preconditioned):
 
     kind = Hessian
 
-    def __init__(self, model, loss, optimizer=None, clip=None, radius=0.3, rtol=0.1, every=1, accept=True, sample=None):
+    def __init__(
+        self,
+        model: nn.Sequential,
+        loss: losses.Loss,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip: float | None = None,
+        radius: float = 0.3,
+        rtol: float = 0.1,
+        every: int = 1,
+        accept: bool = True,
+        sample: int | None = None,
+    ):
         if not radius > 0:
             raise ValueError(f"radius must be a positive number, not {radius}")
         super().__init__(
@@ -42,10 +58,11 @@ class TrustRegionNewton(Preconditioned):
         if not least <= rtol < 1:
             raise ValueError(f"rtol must lie between {least:.1g}, what rounding leaves of |s|, and 1, not {rtol}")
         self.radius, self.rtol, self.damping = float(radius), rtol, None
-        self._lowest: Tensor | None = None  # an eigenvector, and how far lambda was above minus its eigenvalue
+        # an eigenvector, and how far lambda was above minus its eigenvalue
+        self._lowest: Float[Tensor, " P"] | None = None
         self._excess: float | None = None
 
-    def _direct(self, H: Curvature, g: Tensor) -> Direction:
+    def _direct(self, H: Curvature, g: Float[Tensor, " P"]) -> Direction:
         norm, finite = g.norm().item(), torch.finfo(g.dtype)
         if norm < finite.tiny**0.5:  # what would be computed from its square is zero
             self._age = -1  # no factorization to use again
@@ -59,7 +76,7 @@ class TrustRegionNewton(Preconditioned):
         self._factor, self._lowest, self._excess = found.factor, found.lowest, found.excess
         return Direction(-found.s, self._factor.inertia, found.factorizations, found.note)
 
-    def _again(self, g: Tensor) -> Direction:
+    def _again(self, g: Float[Tensor, " P"]) -> Direction:
         found = super()._again(g)
         return replace(found, d=found.d * min(1.0, self.radius / found.d.norm().item()))
 
@@ -73,10 +90,10 @@ class TrustRegionNewton(Preconditioned):
         if self._excess is not None:
             self._excess *= before / self.radius  # at the boundary lambda + lambda_min goes about as 1 / radius
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"radius": self.radius, "lowest": self._lowest, "excess": self._excess}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.radius, self._lowest, self._excess = state["radius"], state["lowest"], state["excess"]
         super().load_state_dict(state)
 
@@ -86,17 +103,23 @@ class Ball:
     """What More and Sorensen's method returns: the step, lambda, its excess over the lower bound, the factorization there, an approximate eigenvector of
     the lowest eigenvalue."""
 
-    s: Tensor
+    s: Float[Tensor, " P"]
     shift: float
     excess: float
-    factor: object
-    lowest: Tensor | None
+    factor: Factor | Dual
+    lowest: Float[Tensor, " P"] | None
     factorizations: int
     note: str = ""
 
 
 def more_sorensen(
-    H: Curvature, g: Tensor, radius: float, excess: float, floor: float, rtol: float, lowest: Tensor | None = None
+    H: Curvature,
+    g: Float[Tensor, " P"],
+    radius: float,
+    excess: float,
+    floor: float,
+    rtol: float,
+    lowest: Float[Tensor, " P"] | None = None,
 ) -> Ball:
     """min g.s + s.Hs / 2 in the ball |s| <= radius, to a share rtol of the radius or of the decrease.
 
@@ -152,7 +175,7 @@ def more_sorensen(
     return replace(best, factorizations=count, note=note)
 
 
-def _lowest_pair(H: Curvature, guess: Tensor | None) -> tuple[Tensor | None, float]:
+def _lowest_pair(H: Curvature, guess: Float[Tensor, " P"] | None) -> tuple[Float[Tensor, " P"] | None, float]:
     """An approximate eigenvector of the lowest eigenvalue of H by Lanczos, and minus its Rayleigh quotient."""
     if H.shape[0] < 3:
         return None, -math.inf
@@ -169,7 +192,9 @@ def _lowest_pair(H: Curvature, guess: Tensor | None) -> tuple[Tensor | None, flo
     return z, -(z @ (H @ z)).item()
 
 
-def _inverse_iteration(H: Curvature, F, s: Tensor, z: Tensor | None) -> tuple[Tensor, float]:
+def _inverse_iteration(
+    H: Curvature, F: Factor | Dual, s: Float[Tensor, " P"], z: Float[Tensor, " P"] | None
+) -> tuple[Float[Tensor, " P"], float]:
     """An approximate eigenvector of the lowest eigenvalue of H, and its Rayleigh quotient, by the factorization of H + lambda I."""
     if z is None:
         generator = torch.Generator().manual_seed(0)
@@ -180,7 +205,7 @@ def _inverse_iteration(H: Curvature, F, s: Tensor, z: Tensor | None) -> tuple[Te
     return z, (z @ (H @ z)).item()
 
 
-def _to_the_boundary(s: Tensor, z: Tensor, radius: float) -> float:
+def _to_the_boundary(s: Float[Tensor, " P"], z: Float[Tensor, " P"], radius: float) -> float:
     """The tau of smaller magnitude with |s + tau z| = radius."""
     sz, rest = (s @ z).item(), radius**2 - (s @ s).item()
     return rest / (sz + math.copysign(math.sqrt(sz**2 + rest), sz)) if rest > 0 else 0.0

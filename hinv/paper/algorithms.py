@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hinv.shapes import Float
+
 from .blocks import BlockMatrix, BlockTridiagonalLU, layer_major
 from .layers import Layered
 from .matrices import Matrices, inverse, matrices
 
 
-def substitute(M: BlockMatrix, rhs: Tensor) -> Tensor:
+def substitute(M: BlockMatrix, rhs: Float[Tensor, "n *k"]) -> Float[Tensor, "n *k"]:
     """M^-1 rhs for unit block-bidiagonal M, lower (forward substitution: forward propagation of a perturbation) or
     upper (backward substitution: backpropagation). O(L).
     """
@@ -22,14 +24,14 @@ def substitute(M: BlockMatrix, rhs: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def gradient(H: Layered) -> Tensor:
+def gradient(H: Layered) -> Float[Tensor, " P"]:
     """(8) eq:gradient-matrix-form: e_L M^-1 D_x, one backward substitution and one product."""
     m = matrices(H)
     b = substitute(m.M.T, m.e_L)
     return m.D_x.T @ b
 
 
-def product(H: Layered, v: Tensor) -> Tensor:
+def product(H: Layered, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
     """(9) eq:hessian times v, (P,) or (P, k), by two substitutions: Pearlmutter's algorithm in the paper's matrices. O(L)."""
     m = matrices(H)
     y = substitute(m.M, m.D_x @ v)
@@ -37,7 +39,7 @@ def product(H: Layered, v: Tensor) -> Tensor:
     return m.DDxx @ v + m.DDzxP @ y + m.D_x.T @ z
 
 
-def four_steps(H: Layered, g: Tensor, damping: float, c: float = 1.0) -> Tensor:
+def four_steps(H: Layered, g: Float[Tensor, "P *k"], damping: float, c: float = 1.0) -> Float[Tensor, "P *k"]:
     """v1's algorithm: (H + damping I)^-1 g through Q^-1 and A, with the dead row dropped (right where Q then has an inverse).
 
     Cost O(L (p + B a)^3).
@@ -69,7 +71,7 @@ def woodbury(H: Layered, damping: float, c: float = 1.0) -> Callable[[Tensor], T
     m = _double(H, damping, c)
     lu = BlockTridiagonalLU(m.A_lifted.reorder(layer_major(4, len(m.layers))), group_size=4)
 
-    def solve(g: Tensor) -> Tensor:
+    def solve(g: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         g_x = g.double()
         g_y = m.D_x @ g_x
         right = [g_y, g_x, torch.zeros_like(g_y), torch.zeros_like(g_x)]
@@ -87,7 +89,7 @@ def tridiagonal(H: Layered, damping: float) -> Callable[[Tensor], Tensor]:
     m = _double(H, damping)
     lu = BlockTridiagonalLU(m.K_pivoted, group_size=3)
 
-    def solve(g: Tensor) -> Tensor:
+    def solve(g: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         zero = torch.zeros(sum(m.n), *g.shape[1:], dtype=torch.float64, device=g.device)
         return _to_layer_major([g.double(), zero, zero], [m.p, m.n, m.n], lu.solve)[0].to(g.dtype)
 

@@ -12,9 +12,12 @@ tridiagonal are patterns of the dictionary, not types.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
+
+from hinv.shapes import Bool, Float, Int
 
 
 class BlockMatrix:
@@ -34,7 +37,7 @@ class BlockMatrix:
         self,
         row_sizes: Sequence[int],
         col_sizes: Sequence[int],
-        blocks: Mapping[tuple[int, int], Tensor],
+        blocks: Mapping[tuple[int, int], Float[Tensor, "_ _"]],
         like: Tensor | None = None,
     ):
         self.row_sizes, self.col_sizes = tuple(row_sizes), tuple(col_sizes)
@@ -47,12 +50,13 @@ class BlockMatrix:
             expected = (self.row_sizes[i], self.col_sizes[j])
             if tuple(block.shape) != expected:
                 raise ValueError(f"block ({i}, {j}) has shape {tuple(block.shape)}; the partition says {expected}")
-        self._like = next(iter(self.blocks.values()), like)
-        if self._like is None:
+        like = next(iter(self.blocks.values()), like)
+        if like is None:
             raise ValueError("a BlockMatrix without blocks needs like=<tensor> to know its dtype and device")
+        self._like = like
 
     @classmethod
-    def diagonal(cls, blocks: Sequence[Tensor]) -> "BlockMatrix":
+    def diagonal(cls, blocks: Sequence[Float[Tensor, "_ _"]]) -> "BlockMatrix":
         """diag(blocks[0], blocks[1], ...); the blocks may be rectangular."""
         return cls(
             [b.shape[0] for b in blocks], [b.shape[1] for b in blocks], {(i, i): b for i, b in enumerate(blocks)}
@@ -71,9 +75,11 @@ class BlockMatrix:
         """
         rows = [_shared([m.row_sizes for m in line if m is not None], "row") for line in grid]
         cols = [
-            _shared([line[j].col_sizes for line in grid if line[j] is not None], "column") for j in range(len(grid[0]))
+            _shared([m.col_sizes for m in (line[j] for line in grid) if m is not None], "column")
+            for j in range(len(grid[0]))
         ]
-        blocks, like = {}, None
+        blocks: dict[tuple[int, int], Tensor] = {}
+        like = None
         for r, line in enumerate(grid):
             for c, matrix in enumerate(line):
                 if matrix is None:
@@ -126,7 +132,13 @@ class BlockMatrix:
     def __truediv__(self, scalar: float) -> "BlockMatrix":
         return self * (1.0 / scalar)
 
-    def __matmul__(self, other: "BlockMatrix | Tensor") -> "BlockMatrix | Tensor":
+    @overload
+    def __matmul__(self, other: "BlockMatrix") -> "BlockMatrix": ...
+
+    @overload
+    def __matmul__(self, other: Float[Tensor, "n *k"]) -> Float[Tensor, "m *k"]: ...
+
+    def __matmul__(self, other: "BlockMatrix | Float[Tensor, 'n *k']") -> "BlockMatrix | Float[Tensor, 'm *k']":
         """Times another BlockMatrix, a vector (n,) or a matrix (n, k); work is proportional to the blocks that meet."""
         if isinstance(other, Tensor):
             if other.shape[0] != self.shape[1]:
@@ -138,10 +150,10 @@ class BlockMatrix:
                 rows[i].add_(block @ pieces[j])
             return out
         _shared([self.col_sizes, other.row_sizes], "inner")
-        by_row = defaultdict(list)
+        by_row: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for (j, k), block in other.blocks.items():
             by_row[j].append((k, block))
-        blocks = {}
+        blocks: dict[tuple[int, int], Tensor] = {}
         for (i, j), left in self.blocks.items():
             for k, right in by_row[j]:
                 product = left @ right
@@ -161,10 +173,10 @@ class BlockMatrix:
         """Pi A Pi^T: block rows and block columns listed in `order`, for example `layer_major(3, L)`."""
         return self.take(order, order)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "m n"]:
         return self.submatrix_dense(range(len(self.row_sizes)), range(len(self.col_sizes)))
 
-    def submatrix_dense(self, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
+    def submatrix_dense(self, rows: Sequence[int], cols: Sequence[int]) -> Float[Tensor, "m n"]:
         """These block rows and columns as one dense tensor, without a pass over the other blocks."""
         out = self._like.new_zeros(sum(self.row_sizes[i] for i in rows), sum(self.col_sizes[j] for j in cols))
         top = 0
@@ -177,7 +189,7 @@ class BlockMatrix:
             top += self.row_sizes[i]
         return out
 
-    def pattern(self) -> Tensor:
+    def pattern(self) -> Bool[Tensor, "rows cols"]:
         """(block rows, block columns) of bool: which blocks are stored."""
         out = torch.zeros(len(self.row_sizes), len(self.col_sizes), dtype=torch.bool)
         for key in self.blocks:
@@ -226,7 +238,9 @@ class BlockTridiagonalLU:
             raise ValueError(f"not block-tridiagonal in groups of {group_size}: block {outside[0]} is set")
         count = len(matrix.row_sizes) // group_size
         self._sizes = [sum(matrix.row_sizes[g * group_size : (g + 1) * group_size]) for g in range(count)]
-        self._pivots, self._lower, self._upper = [], [], []
+        self._pivots: list[tuple[Tensor, Tensor]] = []
+        self._lower: list[_Coupling] = []
+        self._upper: list[_Coupling] = []
         update = None
         for g in range(count):
             here = range(g * group_size, (g + 1) * group_size)
@@ -255,7 +269,7 @@ class BlockTridiagonalLU:
             ]  # columns of Delta^-1 that meet both couplings
             update = lower.rows, upper.cols, lower.value @ (between @ upper.value)
 
-    def solve(self, rhs: Tensor) -> Tensor:
+    def solve(self, rhs: Float[Tensor, "n *k"]) -> Float[Tensor, "n *k"]:
         """matrix^-1 rhs for rhs (n,) or (n, k): one forward and one backward substitution."""
         if not self._sizes:
             return rhs
@@ -285,7 +299,7 @@ class _Coupling:
         self.value = matrix.submatrix_dense(used_rows, used_cols)
 
 
-def _positions(sizes: Sequence[int], group: range, used: Sequence[int]) -> Tensor:
+def _positions(sizes: Sequence[int], group: range, used: Sequence[int]) -> Int[Tensor, " n"]:
     """Entry numbers, counted from the group's first entry, of the used blocks."""
     out, start = [torch.zeros(0, dtype=torch.long)], 0
     for i in group:

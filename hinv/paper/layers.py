@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hinv.network import Chain, Derivatives, Stage, derivatives, losses
 from hinv.network.stages import fuse
+from hinv.shapes import Float
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,15 @@ class Layer:
     A, F and G are None for the first layer.
     """
 
-    J: Tensor
-    E: Tensor
-    A: Tensor | None
-    F: Tensor | None
-    G: Tensor | None
+    J: Float[Tensor, "n_out p"]
+    E: Float[Tensor, "p p"]
+    A: Float[Tensor, "n_out n_in"] | None
+    F: Float[Tensor, "p n_in"] | None
+    G: Float[Tensor, "n_in n_in"] | None
 
     def double(self) -> "Layer":
-        return Layer(*(None if block is None else block.double() for block in (self.J, self.E, self.A, self.F, self.G)))
+        A, F, G = (None if block is None else block.double() for block in (self.A, self.F, self.G))
+        return Layer(self.J.double(), self.E.double(), A, F, G)
 
 
 def split_layers(chain: Chain) -> list[list[Stage]]:
@@ -69,6 +71,7 @@ def _stack(block: Derivatives, last: bool) -> Layer:
     J = block.J.sum(0) if last else block.J.flatten(0, 1)
     if block.A is None:
         return Layer(J, block.E, None, None, None)
+    assert block.F is not None and block.G is not None
     A = block.A.transpose(0, 1).flatten(1) if last else torch.block_diag(*block.A)
     return Layer(J, block.E, A, block.F.transpose(0, 1).flatten(1), torch.block_diag(*block.G))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hinv.network import Chain
+from hinv.shapes import Float
 
 from .blocks import BlockMatrix
 from .layers import Layer, split_layers
@@ -26,7 +27,7 @@ class Literal:
         self._like = layers[0].J
 
     @cached_property
-    def b(self) -> list[Tensor]:
+    def b(self) -> list[Float[Tensor, " n"]]:
         """b_l = d z_L / d z_l as rows (n_l,), b_L = 1."""
         return [*(group[-1].b.flatten() for group in self.groups[:-1]), self._like.new_ones(1)]
 
@@ -90,7 +91,7 @@ class Literal:
         """diag(grad_zz f_l), (n_l n_{l-1}, n_{l-1})."""
         return self._second(1, 1)
 
-    def _layer_output(self, number: int, x: Tensor, z: Tensor) -> Tensor:
+    def _layer_output(self, number: int, x: Float[Tensor, " p"], z: Float[Tensor, " n_in"]) -> Float[Tensor, " n_out"]:
         """f_l(x_l; stacked z_{l-1}) -> stacked z_l, straight from the modules (not from the contracted blocks)."""
         first, *rest = self.groups[number]
         out = functional_call(first.module, first.named(x), (z.view_as(first.inputs),))

@@ -18,12 +18,14 @@ are not formed by the algorithms, because P's first block row is zero: the input
 Equation numbers and TeX labels are those of arXiv:2601.06096v3; the matrices Q and A are from v1, where they are unnumbered.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hinv.network import Chain
+from hinv.shapes import Float
 
 from .blocks import BlockMatrix, layer_major
 from .layers import Layer, Layered
@@ -58,8 +60,13 @@ class Matrices(Literal):
         super().__init__(chain, layers)
         self.damping, self.c = float(damping), float(c)
 
-    def _sub_diagonal(self, rows, cols, blocks) -> BlockMatrix:
-        return BlockMatrix(rows, cols, {(i, i - 1): b for i, b in enumerate(blocks) if i > 0}, self._like)
+    def __repr__(self) -> str:
+        return f"Matrices({len(self.layers)} layers, {sum(self.p)} parameters, damping {self.damping:g}, c {self.c:g})"
+
+    def _sub_diagonal(self, rows: Sequence[int], cols: Sequence[int], blocks: Sequence[Tensor | None]) -> BlockMatrix:
+        """Block i at (i, i - 1), from the second on: only the first may be None."""
+        below = {(i, i - 1): b for i, b in enumerate(blocks) if i > 0 and b is not None}
+        return BlockMatrix(rows, cols, below, self._like)
 
     @cached_property
     def M(self) -> BlockMatrix:
@@ -79,7 +86,7 @@ class Matrices(Literal):
         return BlockMatrix.diagonal([layer.J for layer in self.layers])
 
     @cached_property
-    def e_L(self) -> Tensor:
+    def e_L(self) -> Float[Tensor, " n"]:
         """(0, ..., 0, 1): selects the loss z_L."""
         out = self._like.new_zeros(sum(self.n))
         out[-1] = 1.0
@@ -100,9 +107,8 @@ class Matrices(Literal):
     @cached_property
     def PtDMzzP(self) -> BlockMatrix:
         """P^T D_M D_zz P: G_{l+1} at (l, l); nothing at (L, L), because nothing follows the loss."""
-        return BlockMatrix(
-            self.n, self.n, {(i - 1, i - 1): layer.G for i, layer in enumerate(self.layers) if i > 0}, self._like
-        )
+        moved = {(i - 1, i - 1): layer.G for i, layer in enumerate(self.layers) if layer.G is not None}
+        return BlockMatrix(self.n, self.n, moved, self._like)
 
     @cached_property
     def eye_x(self) -> BlockMatrix:

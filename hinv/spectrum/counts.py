@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hinv.errors import SingularShiftError
+from hinv.shapes import Float, Int
 from hinv.solver.matrix import Matrix
 
 
@@ -18,7 +19,7 @@ def count_below(H: Matrix, shift: float) -> int:
     return H.counted[shift]
 
 
-def counts(H: Matrix, edges: Sequence[float]) -> Tensor:
+def counts(H: Matrix, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tensor, " bins"]:
     edges = torch.as_tensor(edges, dtype=torch.float64).tolist()
     if len(edges) < 2 or not all(a < b for a, b in itertools.pairwise(edges)):
         raise ValueError(

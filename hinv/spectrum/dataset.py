@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hinv.shapes import Float
+from hinv.solver.products import operator
+
 from .eigenpairs import Eigenpairs
-from .loader import Batches, check_loader
+from .loader import Batches, Loader, check_loader
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class DataHessian:
             samples; a model or loader that does not repeat itself.
     """
 
-    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, loader):
-        from curvlinops import HessianLinearOperator
+    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, loader: Loader):
+        try:
+            from curvlinops import HessianLinearOperator
+        except ImportError as error:
+            raise ImportError("whole data sets need curvlinops: pip install 'hinv[dataset]'") from error
 
         check_loader(loader)
         if getattr(loss, "reduction", None) not in ("mean", "sum"):
@@ -54,22 +60,25 @@ class DataHessian:
         if not self._parameters:
             raise ValueError("the model has no trainable parameter: set requires_grad=True on some")
         try:
-            self.operator = HessianLinearOperator(
-                model, loss, self._parameters, Batches(loader, loss if by_weight else None)
-            )
+            self._batches = Batches(loader, loss if by_weight else None)
+            self.operator = HessianLinearOperator(model, loss, self._parameters, self._batches)
         except RuntimeError as error:
             raise ValueError(
                 f"model or data do not repeat themselves: call model.eval(), no random augmentation. curvlinops says: {error}"
             ) from error
         self.shape = tuple(self.operator.shape)
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def __repr__(self) -> str:
+        return f"DataHessian({self.shape[0]} x {self.shape[1]}, {len(self._batches)} batches)"
+
+    def __matmul__(self, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """H v for v (P,) or (P, k): one pass over the data."""
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
             raise ValueError(
                 f"the factor has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)"
             )
         out = self.operator @ v
+        assert isinstance(out, Tensor)  # as v is one
         if not out.isfinite().all():
             raise ArithmeticError(
                 "the product is not finite: the loss or its derivatives overflow somewhere in the data"
@@ -78,19 +87,19 @@ class DataHessian:
 
     def eigsh(self, k: int = 1, which: str = "LA") -> Eigenpairs:
         """k eigenpairs by ARPACK on products; not certified, as without a factorization nothing proves that none was skipped."""
-        from scipy.sparse.linalg import LinearOperator, eigsh
+        from scipy.sparse.linalg import eigsh
 
         P, first = self.shape[0], self._parameters[0]
         if not 1 <= k < P:
             raise ValueError(f"k must be from 1 to {P - 1} (P - 1), not {k}")
         with tqdm(desc="Lanczos", unit="product", delay=3, leave=False, disable=None) as bar:
 
-            def matvec(v: np.ndarray) -> np.ndarray:
+            def matvec(v: Float[np.ndarray, "..."]) -> Float[np.ndarray, " P"]:
                 bar.update()
                 return (self @ torch.as_tensor(v.reshape(-1), dtype=first.dtype, device=first.device)).cpu().numpy()
 
-            operator = LinearOperator(self.shape, matvec=matvec, dtype=torch.empty(0, dtype=first.dtype).numpy().dtype)
-            values, vectors = eigsh(operator, k, which=which, v0=np.random.default_rng(0).standard_normal(P))
+            products = operator(self.shape, torch.empty(0, dtype=first.dtype).numpy().dtype, matvec=matvec)
+            values, vectors = eigsh(products, k, which=which, v0=np.random.default_rng(0).standard_normal(P))
         values, vectors = torch.as_tensor(values.copy()), torch.as_tensor(vectors.copy())
         residuals = torch.linalg.vector_norm((self @ vectors.to(first)).cpu() - vectors * values, dim=0)
         return Eigenpairs(
@@ -136,7 +145,9 @@ class DataHessian:
         error = float(np.std(found, ddof=1) / len(found) ** 0.5)
         return TraceEstimate(float(np.mean(found)), error, len(found), len(found) * each)
 
-    def density(self, steps: int = 64, points: int = 512, repeats: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def density(
+        self, steps: int = 64, points: int = 512, repeats: int = 5, seed: int = 0
+    ) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
         """(grid, density) of the eigenvalues by stochastic Lanczos quadrature (curvlinops): smoothed, and not to be read as counts."""
         from curvlinops import lanczos_approximate_spectrum
 

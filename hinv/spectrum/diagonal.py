@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hinv.network import Derivatives, Stage, derivatives, losses
 from hinv.network.stages import elementwise
+from hinv.shapes import Float
 from hinv.solver.products import Products
 
 
@@ -20,9 +21,9 @@ class Block:
     """One stage's diagonal block, E + sum_n J_n^T V_n J_n, as functions of what is asked."""
 
     stage: Stage
-    diagonal: Callable[[], Tensor]
-    dense: Callable[[], Tensor]
-    norm: Callable[[], Tensor]  # Frobenius
+    diagonal: Callable[[], Float[Tensor, " p"]]
+    dense: Callable[[], Float[Tensor, "p p"]]
+    norm: Callable[[], Float[Tensor, ""]]  # Frobenius
 
 
 def blocks(H: Products) -> Iterator[Block]:
@@ -38,27 +39,28 @@ def blocks(H: Products) -> Iterator[Block]:
             continue
         if stage.kind == "linear":
             yield _linear(stage, V)
-            W = stage.module.weight.detach()
-            V = W.T @ V @ W if number else None
+            if number:
+                V = stage.weight.T @ V @ stage.weight
             continue
         D = derivatives(stage, wrt_input=number > 0)
         if stage.parameters:
             yield _general(stage, D, V, H.gauss_newton)
         if number:
+            assert D.A is not None and D.G is not None
             V = D.A.mT @ V @ D.A if H.gauss_newton else D.G + D.A.mT @ V @ D.A
 
 
-def _linear(stage: Stage, V: Tensor) -> Block:
+def _linear(stage: Stage, V: Float[Tensor, "B a_out a_out"]) -> Block:
     """sum_n V_n kron (z~_n z~_n^T), z~ = [z, 1]: nothing of size p x p unless `dense` is called."""
-    z, bias = stage.inputs, stage.module.bias is not None
-    a_out, a_in = stage.module.weight.shape
+    z, bias = stage.inputs, stage.has_bias
+    a_out, a_in = stage.weight.shape
 
-    def diagonal() -> Tensor:
+    def diagonal() -> Float[Tensor, " p"]:
         units = V.diagonal(dim1=1, dim2=2)  # (B, a_out)
         weights = (units.T @ z.square()).flatten()
         return torch.cat([weights, units.sum(0)]) if bias else weights
 
-    def dense() -> Tensor:
+    def dense() -> Float[Tensor, "p p"]:
         rows = torch.cat([z, torch.ones_like(z[:, :1])], 1) if bias else z
         full = torch.einsum("nop,nd,ne->odpe", V, rows, rows).reshape(a_out * rows.shape[1], -1)
         if not bias:
@@ -67,7 +69,7 @@ def _linear(stage: Stage, V: Tensor) -> Block:
         order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
         return full[order][:, order]
 
-    def norm() -> Tensor:
+    def norm() -> Float[Tensor, ""]:
         inner = z @ z.T + float(bias)
         flat = V.flatten(1)
         return ((flat @ flat.T) * inner.square()).sum().clamp_min(0.0).sqrt()
@@ -75,25 +77,25 @@ def _linear(stage: Stage, V: Tensor) -> Block:
     return Block(stage, diagonal, dense, norm)
 
 
-def _general(stage: Stage, D: Derivatives, V: Tensor, gauss_newton: bool) -> Block:
-    def diagonal() -> Tensor:
+def _general(stage: Stage, D: Derivatives, V: Float[Tensor, "B a_out a_out"], gauss_newton: bool) -> Block:
+    def diagonal() -> Float[Tensor, " p"]:
         out = ((V @ D.J) * D.J).sum((0, 1))
         return out if gauss_newton else out + D.E.diagonal()
 
-    def dense() -> Tensor:
+    def dense() -> Float[Tensor, "p p"]:
         out = D.J.flatten(0, 1).T @ (V @ D.J).flatten(0, 1)
         return out if gauss_newton else out + D.E
 
     return Block(stage, diagonal, dense, lambda: torch.linalg.matrix_norm(dense()))
 
 
-def diagonal(H: Products) -> Tensor:
+def diagonal(H: Products) -> Float[Tensor, " P"]:
     return torch.cat([block.diagonal() for block in blocks(H)][::-1])
 
 
 def by_stage(H: Products) -> dict[str, dict[str, float]]:
     """`Curvature.by_stage`."""
-    out = {}
+    out: dict[str, dict[str, float]] = {}
     for block in blocks(H):
         out[block.stage.name] = {
             "parameters": len(block.stage.x),
@@ -103,7 +105,7 @@ def by_stage(H: Products) -> dict[str, dict[str, float]]:
     return dict(reversed(out.items()))
 
 
-def block(H: Products, stage: str | int) -> Tensor:
+def block(H: Products, stage: str | int) -> Float[Tensor, "p p"]:
     names = [s.name for s in H.chain.live if s.parameters]
     if isinstance(stage, int) and -len(names) <= stage < len(names):
         stage = names[stage]

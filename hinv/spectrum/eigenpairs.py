@@ -1,6 +1,7 @@
 """Eigenpairs with a certificate: ARPACK finds them, two exact counts prove that none was skipped."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor
 
 from hinv.errors import CertificateWarning, SingularShiftError
+from hinv.html import table
+from hinv.shapes import Float
 from hinv.solver.matrix import Matrix
+from hinv.solver.products import operator
 
 from .counts import count_below
 
@@ -16,7 +20,7 @@ ROUNDS = 6  # searches for eigenvalues that the count says are missing
 ACCURATE = 1e-7  # of the norm of H: the largest residual |H v - lambda v| of a certified pair
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Eigenpairs:
     """k eigenvalues (loss / parameter^2) in ascending order with their vectors (P, k) and residuals |H v - lambda v| (k,).
 
@@ -24,11 +28,23 @@ class Eigenpairs:
     rounding of the last value, as many as there was room for), with residuals below 1e-7 |H|; `note` says what was counted, or what is missing.
     """
 
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
+    values: Float[Tensor, " k"]
+    vectors: Float[Tensor, "P k"]
+    residuals: Float[Tensor, " k"]
     certified: bool
     note: str
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{v:.6g}" for v in self.values[:6].tolist()) + (", ..." if len(self.values) > 6 else "")
+        return f"Eigenpairs([{shown}], certified={self.certified})"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            f"{v:.10g}": f"residual {r:.1e}" for v, r in zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        }
+        return table(
+            "Eigenpairs, certified" if self.certified else "Eigenpairs, not certified", rows | {"note": self.note}
+        )
 
 
 def find(H: Matrix, k: int, which: str = "LA", sigma: float | None = None) -> Eigenpairs:
@@ -85,22 +101,23 @@ class _Region:
         g = H.gradient
         self.norm = (H @ g).norm().item() / max(g.norm().item(), 1e-300)  # a lower bound, of the right size for margins
 
-    def measure(self, values: Tensor) -> Tensor:
+    def measure(self, values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         if self.sigma is not None:
             return -(values - self.sigma).abs()
         return {"LA": values, "SA": -values, "LM": values.abs()}[self.which]
 
-    def solve(self, v: Tensor) -> Tensor:
+    def solve(self, v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
         """(H - sigma I)^-1 v, refined once: next to a cluster the factorization alone loses the pairs further away."""
+        assert self.inverse is not None and self.sigma is not None
         x = self.inverse.solve(v)
         return x + self.inverse.solve(v - (self.H @ x - self.sigma * x))
 
-    def search(self, k: int, known: Tensor) -> Tensor:
+    def search(self, k: int, known: Float[Tensor, "P n"]) -> Float[Tensor, "P m"]:
         """Up to k vectors (P, k) orthogonal to the known ones."""
-        from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+        from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, eigsh
 
         known, P = known.numpy(), len(known)
-        apply = (lambda v: self.H @ v) if self.inverse is None else self.solve
+        apply: Callable[[Tensor], Tensor] = (lambda v: self.H @ v) if self.inverse is None else self.solve
         # where the known ones go: out of the way of what is wanted
         far = 0.0
         if self.inverse is None and known.shape[1]:
@@ -108,13 +125,13 @@ class _Region:
                 {"LA": -1.0, "SA": 1.0, "LM": 0.0}[self.which] * 10.0 * (self.H @ torch.from_numpy(known)).norm().item()
             )
 
-        def matvec(v: np.ndarray) -> np.ndarray:
+        def matvec(v: Float[np.ndarray, "..."]) -> Float[np.ndarray, " P"]:
             v = v.reshape(-1)
             inside = known.T @ v
             image = apply(torch.from_numpy(v - known @ inside)).numpy()
             return image - known @ (known.T @ image) + known @ (far * inside)
 
-        operator = LinearOperator((P, P), matvec=matvec, dtype=np.float64)
+        deflated = operator((P, P), np.float64, matvec=matvec)
         generator = np.random.default_rng(known.shape[1])
         start = generator.standard_normal(P)
         start -= known @ (known.T @ start)
@@ -125,7 +142,7 @@ class _Region:
         which, ncv = self.which if self.inverse is None else "LM", max(2 * k + 1, 40)
         for width in (ncv, 3 * ncv, 9 * ncv):
             try:
-                vectors = eigsh(operator, k, which=which, v0=start, ncv=min(P, width), tol=1e-10)[1]
+                vectors = eigsh(deflated, k, which=which, v0=start, ncv=min(P, width), tol=1e-10)[1]
                 break
             except ArpackNoConvergence as error:
                 vectors = error.eigenvectors
@@ -140,7 +157,7 @@ class _Region:
                 # "no shifts could be applied", in a cluster: more room helps
         return torch.from_numpy(np.ascontiguousarray(vectors - known @ (known.T @ vectors)))
 
-    def missing(self, values: Tensor, residuals: Tensor) -> tuple[int, str]:
+    def missing(self, values: Float[Tensor, " k"], residuals: Float[Tensor, " k"]) -> tuple[int, str]:
         """How many of the wanted eigenvalues are not among these k, and the counts that say so.
 
         At least k lie up to just beyond the last one, and before it as many as were found: the last may be one of many that are equal.
@@ -182,7 +199,7 @@ class _Region:
         return {"LA": f"above {t:.6g}", "SA": f"below {-t:.6g}", "LM": f"of magnitude above {t:.6g}"}[self.which]
 
 
-def _rayleigh_ritz(H: Matrix, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _rayleigh_ritz(H: Matrix, basis: Float[Tensor, "P k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "P k"]]:
     """The best eigenpairs of H in the span of a basis (P, k)."""
     basis = torch.linalg.qr(basis)[0]
     values, inner = torch.linalg.eigh(basis.T @ (H @ basis))

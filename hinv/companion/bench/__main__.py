@@ -4,6 +4,8 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,8 +17,8 @@ from . import figures as f
 def main() -> int:
     print(f"{torch.get_num_threads()} threads; each figure once", flush=True)
     share, classes = None, None
-    figures: dict[str, object] = {}
-    steps = {
+    figures: dict[str, Any] = {}
+    steps: dict[str, Callable[[], Any]] = {
         "1 against the paper's algorithm": f.against_the_papers_algorithm,
         "2 depth": f.depth,
         "3 flop rate": lambda: share,

@@ -3,20 +3,22 @@
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
-from hinv.curvature import GGN
+from hinv.curvature import GGN, Hessian
 from hinv.solver import sparse
 
 from .measure import SIX, deep, digits_network, eliminated, memory_of_depth, network, peak_bytes, residual, seconds
 
 
-def against_the_papers_algorithm() -> dict:
-    out = {}
+def against_the_papers_algorithm() -> dict[str, Any]:
+    out: dict[str, Any] = {}
     for name, target in (("192-24x7-10 B32", 30.0), ("8-8x79-10 B8", 5.0)):
         H = network(*SIX[name])
+        assert isinstance(H, Hessian)
         H.layers, eliminated(H)
         ours = seconds(lambda H=H: eliminated(H, 0.01).solve(H.gradient), 5)
         theirs = seconds(lambda H=H: H.solve(H.gradient, 0.01, method="tridiagonal"), 2)
@@ -30,7 +32,7 @@ def against_the_papers_algorithm() -> dict:
     return out
 
 
-def depth(depths: tuple[int, ...] = (16, 64, 256, 1024, 4096), deepest: int = 10_000) -> dict:
+def depth(depths: tuple[int, ...] = (16, 64, 256, 1024, 4096), deepest: int = 10_000) -> dict[str, Any]:
     times, memory = [], []
     for layers in (*depths, deepest):
         H = deep(layers)
@@ -63,7 +65,7 @@ def matmul_rate(n: int = 4096) -> float:
     return 2.0 * n**3 / seconds(lambda: A @ A, 3)
 
 
-def flop_rate_and_classes() -> tuple[dict, dict]:
+def flop_rate_and_classes() -> tuple[dict[str, Any], dict[str, Any]]:
     sizes, batch = (3072, *[64] * 19, 10), 32
     H = network(sizes, batch)
     H.structure(H.dtype)
@@ -86,7 +88,7 @@ def flop_rate_and_classes() -> tuple[dict, dict]:
     peak = peak_bytes(lambda: eliminated(thousand))
     time_1000 = seconds(lambda: eliminated(thousand), 2)
     predicted = thousand.estimate().bytes["factor"]
-    classes = {
+    classes: dict[str, Any] = {
         "seconds_10": time_10,
         "seconds_1000": time_1000,
         "ratio": time_1000 / time_10,
@@ -100,8 +102,8 @@ def flop_rate_and_classes() -> tuple[dict, dict]:
     return share, classes
 
 
-def right_hand_sides() -> dict:
-    out = {}
+def right_hand_sides() -> dict[str, Any]:
+    out: dict[str, Any] = {}
     for name, H in {
         "N1": digits_network((64, *[24] * 7, 10), 64),
         "N2": digits_network((64, *[8] * 39, 10), 8),
@@ -117,8 +119,8 @@ def right_hand_sides() -> dict:
     return out
 
 
-def against_sparse() -> dict:
-    out = {}
+def against_sparse() -> dict[str, Any]:
+    out: dict[str, Any] = {}
     for name, (sizes, batch) in SIX.items():
         H = network(sizes, batch)
         ours = seconds(lambda H=H: eliminated(H, 0.1), 3)
@@ -134,7 +136,7 @@ def against_sparse() -> dict:
     return out
 
 
-def accuracy() -> dict:
+def accuracy() -> dict[str, Any]:
     worst = {}
     for name, (sizes, batch) in SIX.items():
         H = network(sizes, batch)
@@ -142,8 +144,8 @@ def accuracy() -> dict:
     return {"worst_residual": worst, "target": 1e-10, "reached": max(worst.values()) < 1e-10}
 
 
-def against_dense() -> dict:
-    out = {}
+def against_dense() -> dict[str, Any]:
+    out: dict[str, Any] = {}
     for name, H, target in (
         ("N1", digits_network((64, *[24] * 7, 10), 64), 1.0),
         ("N2", digits_network((64, *[8] * 39, 10), 8), 10.0),
@@ -169,17 +171,19 @@ def against_dense() -> dict:
     return out
 
 
-def million() -> dict:
+def million() -> dict[str, Any]:
     H = network((22, *[22] * 1999, 10), 4, bias=True)
     start = time.perf_counter()
     peak = peak_bytes(lambda: H.solve(H.gradient, 0.1, method="factor"))
+    elapsed, report = time.perf_counter() - start, H.last_solve
+    assert report is not None
     return {
-        **{"parameters": H.shape[0], "layers": 2000, "seconds": time.perf_counter() - start, "peak_bytes": peak},
-        **{"residual": H.last_solve.residual, "reached": H.shape[0] >= 10**6 and H.last_solve.residual < 1e-8},
+        **{"parameters": H.shape[0], "layers": 2000, "seconds": elapsed, "peak_bytes": peak},
+        **{"residual": report.residual, "reached": H.shape[0] >= 10**6 and report.residual < 1e-8},
     }
 
 
-def dual() -> dict:
+def dual() -> dict[str, Any]:
     """The Gauss-Newton matrix by the recursion and by its dual, same matrix."""
     G = network((256, *[24] * 7, 10), 64, GGN)
     G.structure(G.dtype)
@@ -187,7 +191,7 @@ def dual() -> dict:
     return {"recursion": recursion, "dual": direct, "chosen": G.estimate().method}
 
 
-def imports(pairs: int = 5) -> dict:
+def imports(pairs: int = 5) -> dict[str, Any]:
     """What `import hinv` takes beyond `import torch`: medians over pairs of fresh processes, one after the other."""
     code = (
         "import time; start = time.perf_counter(); import {}; spent = time.perf_counter() - start; "

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hinv.companion.data import load
-from hinv.curvature import GGN, Hessian
+from hinv.curvature import GGN, Curvature, Hessian
 from hinv.network import tall_skinny
 from hinv.optim import GaussNewton
+from hinv.shapes import Float, Int
+from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
 
 # The six networks of the comparison with SuperLU, as (sizes, batch), and the two of the libraries' comparison
@@ -27,7 +30,9 @@ SIX = {
 }
 
 
-def network(sizes: tuple[int, ...], batch: int, kind: type = Hessian, gain: float = 1.0, bias: bool = False):
+def network(
+    sizes: tuple[int, ...], batch: int, kind: type[Curvature] = Hessian, gain: float = 1.0, bias: bool = False
+) -> Curvature:
     """A tanh network with orthogonal weights under cross-entropy, on seeded normal inputs."""
     x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return kind(tall_skinny(sizes, bias=bias, gain=gain), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
@@ -71,7 +76,7 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
         return None
 
 
-def residual(H: Hessian, F: Factor, damping: float, refinements: int = 2) -> float:
+def residual(H: Curvature, F: Factor | Dual, damping: float, refinements: int = 2) -> float:
     b = H.gradient
     x = F.solve(b)
     for _ in range(refinements):
@@ -79,12 +84,12 @@ def residual(H: Hessian, F: Factor, damping: float, refinements: int = 2) -> flo
     return ((H @ x + damping * x - b).norm() / b.norm()).item()
 
 
-def eliminated(H: Hessian, damping: float = 0.1) -> Factor:
+def eliminated(H: Curvature, damping: float = 0.1) -> Factor:
     """A factorization by the stagewise elimination; its derivatives are computed once, so that timing it again times the elimination only."""
     return Factor(H.structure(H.dtype), damping, H.__matmul__)
 
 
-def deep(layers: int) -> Hessian:
+def deep(layers: int) -> Curvature:
     return network((16, *[16] * (layers - 1), 10), 4)
 
 
@@ -95,10 +100,12 @@ def memory_of_depth(layers: int) -> int:
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True).stdout)
 
 
-def step_of_gauss_newton(classes: int) -> dict[str, float]:
+def step_of_gauss_newton(classes: int) -> dict[str, Any]:
     """One Gauss-Newton step of the 20-layer network on 32 images of 16 x 16: predicted and measured peak bytes, seconds of the next step."""
 
-    def descent(sizes: tuple[int, ...], columns: int) -> tuple[GaussNewton, tuple]:
+    def descent(
+        sizes: tuple[int, ...], columns: int
+    ) -> tuple[GaussNewton, tuple[Float[Tensor, "B a"], Int[Tensor, " B"]]]:
         x = torch.randn(32, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return GaussNewton(tall_skinny(sizes), nn.CrossEntropyLoss(), damping=1.0), (x, torch.arange(32) % sizes[-1])
 
@@ -118,7 +125,7 @@ def step_of_gauss_newton(classes: int) -> dict[str, float]:
     return out | {"method": method}
 
 
-def memory_of_a_step(classes: int) -> dict[str, float]:
+def memory_of_a_step(classes: int) -> dict[str, Any]:
     """`step_of_gauss_newton` in a process of its own, whose allocator returns every freed block."""
     code = f"import json, hinv.companion.bench as b; print(json.dumps(b.step_of_gauss_newton({classes})))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}

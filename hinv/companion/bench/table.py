@@ -1,7 +1,9 @@
 """The figures as the README shows them."""
 
+from typing import Any
 
-def table(figures: dict) -> str:
+
+def table(figures: dict[str, Any]) -> str:
     """The figures as the README shows them: what was asked, what was measured, whether it was reached."""
 
     def mark(reached: bool) -> str:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from .session import STOPPED, Session
 __all__ = ["Config", "Run", "best", "run", "sweep"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A finished (or stopped) run. `status` is "done", "target reached" or what stopped it; `records` and `validations` are dicts as in metrics.jsonl."""
 
@@ -41,9 +42,12 @@ class Run:
     data: str
     parameters: int
     estimate: str
-    records: list[dict]
-    validations: list[dict]
+    records: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
     model: nn.Sequential
+
+    def __repr__(self) -> str:
+        return f"Run({self.config.method} on {self.data}, {len(self.records)} steps, {self.status})"
 
     @property
     def diverged(self) -> bool:
@@ -66,7 +70,7 @@ class Run:
 
 def sweep(configs: Mapping[Hashable, Config], metric: str = "loss") -> dict[Hashable, float]:
     """The last value of a metric (see `Run.curve`) in a run of each configuration; NaN where the run diverged, as some of a grid will."""
-    out = {}
+    out: dict[Hashable, float] = {}
     for name, config in configs.items():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", f".*{STOPPED}", UserWarning)
@@ -80,7 +84,7 @@ def best(values: Mapping[Hashable, float]) -> Hashable:
     return min(values, key=lambda name: (math.isnan(values[name]), values[name]))
 
 
-def run(config: Config, folder: Path | None = None, writer=None, progress: bool = True) -> Run:
+def run(config: Config, folder: Path | None = None, writer: Any = None, progress: bool = True) -> Run:
     """Train, or go on with a run that was interrupted, or read one that is done.
 
     Args:

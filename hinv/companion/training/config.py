@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,9 +34,9 @@ class Config:
     method: str = "GaussNewton"
     rate: float = 1.0
     momentum: float = 0.0
-    options: dict = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     schedule: str | None = None
-    schedule_options: dict = field(default_factory=dict)
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     dataset: str = "digits"
     images: int | None = None
     test: int = 0
@@ -58,7 +60,7 @@ class Config:
     device: str = "cpu"
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None and self.seconds is None:
             raise ValueError("a run needs a budget: give steps, epochs or seconds")
         for name in ("batch", "probe", "validate_every", "checkpoint_every"):
@@ -74,7 +76,7 @@ class Config:
         method_class(self.method)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Config":
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
         """A Config from names and values, as json has them.
 
         Raises:
@@ -87,7 +89,7 @@ class Config:
         return cls(**values)
 
 
-def method_class(name: str) -> type:
+def method_class(name: str) -> type[optim.Preconditioned] | type[torch.optim.Optimizer]:
     ours = getattr(optim, name, None)
     if isinstance(ours, type) and issubclass(ours, optim.Preconditioned) and ours is not optim.Preconditioned:
         return ours
@@ -99,7 +101,7 @@ def method_class(name: str) -> type:
     )
 
 
-def descent(config: Config, model: nn.Sequential) -> optim.Descent:
+def descent(config: Config, model: nn.Sequential) -> optim.Preconditioned | optim.GradientDescent:
     """The method of a run, on its model."""
     cls, loss, options = method_class(config.method), nn.CrossEntropyLoss(), dict(config.options)
     known = set(inspect.signature(cls).parameters) - {
@@ -126,4 +128,5 @@ def descent(config: Config, model: nn.Sequential) -> optim.Descent:
         options["momentum"] = config.momentum
     if "fused" in inspect.signature(cls).parameters and not {"fused", "foreach"} & set(options):
         options["fused"] = True  # the fastest that torch has: a rival's seconds are to be its own
-    return optim.GradientDescent(model, loss, cls(model.parameters(), lr=config.rate, **options), clip)
+    make = cast(Callable[..., torch.optim.Optimizer], cls)  # torch's base class does not know lr
+    return optim.GradientDescent(model, loss, make(model.parameters(), lr=config.rate, **options), clip)

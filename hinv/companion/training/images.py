@@ -3,27 +3,31 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hinv.companion import data
+from hinv.shapes import Float, Int
 
 from .config import Config
+
+Batch = tuple[Float[Tensor, "B ..."], Int[Tensor, " B"]]
 
 
 @dataclass
 class RunImages:
-    train: Dataset
-    probe: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None
+    train: data.Stack | data.Crops
+    probe: tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]
+    test: tuple[Float[Tensor, "m ..."], Int[Tensor, " m"]] | None
     classes: int
     name: str
 
 
 @functools.lru_cache(maxsize=12)
-def _loaded(**arguments) -> data.Images:
+def _loaded(**arguments: Any) -> data.Images:
     return data.load(**arguments)
 
 
@@ -88,11 +92,11 @@ class Batches:
             step += 1
 
 
-def _as_it_is(batch):
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def loader(images: RunImages, config: Config, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def loader(images: RunImages, config: Config, start: int) -> Iterator[Batch]:
     """The batches from step `start` on, without end."""
     return iter(
         DataLoader(

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from hinv import optim
 from hinv.errors import NotFiniteError
 from hinv.network import tall_skinny
+from hinv.shapes import Float, Int
 
 from .config import Config, descent
 from .folder import Folder
-from .images import RunImages, loader
+from .images import Batch, RunImages, loader
 
 STOPPED = "stopped at step"
 CHUNK = 1024  # images of one forward pass in validation
@@ -48,7 +49,8 @@ class Session:
         ]
         self.last = min((b for b in budget if b is not None), default=None)
         self.parameters = list(self.model.parameters())
-        self.step, self.seconds, self.status = 0, 0.0, None
+        self.step, self.seconds = 0, 0.0
+        self.status: str | None = None
         self.good: list[Tensor] | None = None  # the weights before the last step, whose loss was finite
 
     # what happens, in order
@@ -90,7 +92,7 @@ class Session:
             {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
         )
 
-    def _advance(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any] | None:
+    def _advance(self, batch: Batch) -> dict[str, Any] | None:
         """One step and its record; None, with the weights of the last good step, where the loss is not finite."""
         before = [p.detach().clone() for p in self.parameters]
         start = time.perf_counter()
@@ -138,7 +140,7 @@ class Session:
                 record |= {f"{name}_{k}": v for k, v in self._score(*images).items()}
         self._write(file, record, writer)
 
-    def _score(self, x: Tensor, y: Tensor) -> dict[str, float]:
+    def _score(self, x: Float[Tensor, "n ..."], y: Int[Tensor, " n"]) -> dict[str, float]:
         """Mean loss, top-1 and top-5 accuracy."""
         loss, hits = 0.0, torch.zeros(2, dtype=torch.int64)
         with torch.no_grad():
