@@ -1,6 +1,7 @@
 """Networks that every test file draws from, and references that do not share a code path with hinv."""
 
 import copy
+import os
 
 import jaxtyping
 import pytest
@@ -12,6 +13,7 @@ jaxtyping.install_import_hook("hinv", "enforce.enforced")  # types and shapes ar
 from hinv import tall_skinny  # noqa: E402
 
 torch.set_num_threads(1)  # pytest runs one process a core
+os.environ.pop("HINV_RUNS", None)  # what tests train stays theirs
 
 
 def pytest_configure(config):
