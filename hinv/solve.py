@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hinv import paper
 from hinv.errors import SingularShiftError
+from hinv.modes import exact
 from hinv.shapes import Float
 from hinv.solver import krylov
 from hinv.solver.matrix import Matrix
@@ -55,6 +56,7 @@ METHODS: dict[str, Callable[[Any, float, float], Apply]] = {
 }
 
 
+@exact()
 def solve(
     H: Matrix, b: Float[Tensor, "P *k"], damping: float, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "P *k"], SolveReport, str]:

@@ -45,6 +45,11 @@ def check_model(model: nn.Module) -> None:
                 f"'{name}' ({type(module).__name__}) has forward hooks, which may change what it computes behind the structure's back: "
                 "remove them (handle.remove(); for pruning and old-style weight or spectral norm, make the weights permanent)"
             )
+        if "forward" in vars(module):
+            raise ValueError(
+                f"'{name or 'the model'}' ({type(module).__name__}) has a replaced forward, which belongs to this object and not to the copy that hinv "
+                "makes of it: remove it (del module.forward), or write what it does as a module of its own"
+            )
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) mixes samples in training mode: call model.eval(), or use LayerNorm or GroupNorm"

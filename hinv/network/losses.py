@@ -7,6 +7,7 @@ would be a second thing to trust, and the tests compare with closed forms instea
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,13 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         )
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"the loss {loss} cannot be differentiated twice: {error}") from error
+    if others := _other_leaves(loss, outputs, targets):
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in others[:3])
+        raise ValueError(
+            f"the loss depends on {len(others)} trainable tensors besides the outputs (shapes {shapes}), so its Hessian has parts that no layer sees. "
+            "A penalty mu |x|^2 / 2 on all parameters is mu more damping: leave it out of the loss and add mu to damping; a loss's own parameters "
+            "are constants once requires_grad is off"
+        )
     if not finite:
         raise ValueError(
             "the loss's gradient or second derivative is NaN or infinite at these outputs (a square root of zero?)"
@@ -209,6 +217,23 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         response = product(masked)
         if not response[~moved].abs().max() <= 1e-6 * response.abs().max():
             raise ValueError("the loss couples samples of the batch; it must be a sum or a mean of one term per sample")
+
+
+def _other_leaves(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> list[Tensor]:
+    """Trainable tensors that the loss reads, other than the outputs it is given."""
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        pending: list[Any] = [value(loss, leaf, targets).grad_fn]
+    seen, found = set(), []
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and node.variable is not leaf:
+            found.append(node.variable)
+        pending += [above for above, _ in node.next_functions]
+    return found
 
 
 def _gradient_graph(

@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hinv.curvature import Curvature
 from hinv.errors import SingularShiftError
+from hinv.modes import exact
 from hinv.network import losses
 from hinv.shapes import Float
 from hinv.solver.estimate import require
@@ -104,6 +105,7 @@ class Preconditioned(Descent):
 
     # the step
 
+    @exact()
     def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
         """One step on a batch.
 

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hinv.modes import exact
 from hinv.network import Chain, Derivatives, Stage, derivatives, losses
 from hinv.network.stages import fuse
 from hinv.shapes import Float
@@ -44,6 +45,7 @@ def split_layers(chain: Chain) -> list[list[Stage]]:
     return groups
 
 
+@exact()
 def layers(chain: Chain) -> list[Layer]:
     """Derivative blocks of every layer, the loss fused into the last.
 

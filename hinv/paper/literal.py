@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from hinv.modes import exact
 from hinv.network import Chain
 from hinv.shapes import Float
 
@@ -48,6 +49,7 @@ class Literal:
         self._refuse_if_large()
         return self._kron_b([self.n0, *self.n[:-1]])
 
+    @exact()
     def _second(self, inner: int, outer: int) -> BlockMatrix:
         """diag of d vec(grad_inner f_l) / d outer; argument 0 is x, 1 is z. Column-major vec, as in the paper's appendix.
 

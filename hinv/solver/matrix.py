@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
+from hinv.modes import exact
 from hinv.network import Chain, losses
 
 from .dual import Dual
@@ -38,6 +39,7 @@ class Matrix(Products):
         """
         return estimate(self.chain, self.gauss_newton, self.dtype)
 
+    @exact()
     def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None) -> Factor | Dual:
         """Factor H + damping I once, for many right-hand sides, its inertia and its determinant.
 
@@ -64,6 +66,7 @@ class Matrix(Products):
         require(prediction, "factor", self.device)
         return Factor(self.structure(dtype), damping, lambda v: self.cast(dtype) @ v)
 
+    @exact()
     def structure(self, dtype: torch.dtype) -> Structure:
         """What the elimination needs and no damping changes: the derivatives of every stage. Computed once for each dtype."""
         if dtype not in self._structures:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from hinv.errors import NotFiniteError
+from hinv.modes import exact
 from hinv.network import Chain, losses
 from hinv.shapes import Float
 
@@ -67,6 +68,7 @@ class Products:
     def device(self) -> torch.device:
         return self.gradient.device
 
+    @exact()
     def __matmul__(self, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """H v for v (P,) or (P, k): exact, by differentiating autograd's graph; never forms H. Uses none of the structure.
 
@@ -154,6 +156,24 @@ class Products:
         if not v.isfinite().all():
             raise ValueError(f"{what} contains NaN or infinite values")
         return v.detach()
+
+    def check_gradient(self, model: nn.Module, loss: losses.Loss) -> None:
+        """The model that was handed in, run as a whole, has the gradient of the copy that the chain took apart; one forward and one backward pass.
+
+        Raises:
+            ValueError: it has another one, and says at which parameter.
+        """
+        chain, named = self.chain, {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            scalar = losses.value(loss, model(chain.inputs.clone()), chain.targets)
+            theirs = torch.autograd.grad(scalar, list(named.values()), materialize_grads=True)
+        size = max(g.norm().item() for g in (*theirs, *self._gradient))
+        for name, g, ours in zip(named, theirs, self._gradient, strict=True):
+            if not (g - ours).norm().item() <= torch.finfo(self.dtype).eps ** 0.5 * size:
+                raise ValueError(
+                    f"the model's gradient in '{name}' is not that of its copy: something outside the modules' own parameters and buffers takes part "
+                    "in what it computes (a wrapper, a tensor kept in a plain attribute); make it part of a module"
+                )
 
     def check_symmetry(self) -> None:
         """u.Hv = v.Hu for one random pair. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.

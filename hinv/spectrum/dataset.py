@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hinv.modes import exact
 from hinv.shapes import Float
 from hinv.solver.products import operator
 
@@ -40,6 +41,7 @@ class DataHessian:
             samples; a model or loader that does not repeat itself.
     """
 
+    @exact()
     def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, loader: Loader):
         try:
             from curvlinops import HessianLinearOperator
@@ -71,6 +73,7 @@ class DataHessian:
     def __repr__(self) -> str:
         return f"DataHessian({self.shape[0]} x {self.shape[1]}, {len(self._batches)} batches)"
 
+    @exact()
     def __matmul__(self, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """H v for v (P,) or (P, k): one pass over the data."""
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
@@ -85,6 +88,7 @@ class DataHessian:
             )
         return out
 
+    @exact()
     def eigsh(self, k: int = 1, which: str = "LA") -> Eigenpairs:
         """k eigenpairs by ARPACK on products; not certified, as without a factorization nothing proves that none was skipped."""
         from scipy.sparse.linalg import eigsh
@@ -106,6 +110,7 @@ class DataHessian:
             values, vectors, residuals, False, "by ARPACK on products; a data set has no factorization to certify it"
         )
 
+    @exact()
     def trace(self, method: str = "xtrace", products: int = 300, seed: int = 0) -> TraceEstimate:
         """Trace by curvlinops' "hutchinson", "hutch++" or "xtrace", with the standard error of independent estimates (5 for the last two).
 
@@ -145,6 +150,7 @@ class DataHessian:
         error = float(np.std(found, ddof=1) / len(found) ** 0.5)
         return TraceEstimate(float(np.mean(found)), error, len(found), len(found) * each)
 
+    @exact()
     def density(
         self, steps: int = 64, points: int = 512, repeats: int = 5, seed: int = 0
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:

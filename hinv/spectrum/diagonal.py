@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hinv.modes import exact
 from hinv.network import Derivatives, Stage, derivatives, losses
 from hinv.network.stages import elementwise
 from hinv.shapes import Float
@@ -89,10 +90,12 @@ def _general(stage: Stage, D: Derivatives, V: Float[Tensor, "B a_out a_out"], ga
     return Block(stage, diagonal, dense, lambda: torch.linalg.matrix_norm(dense()))
 
 
+@exact()
 def diagonal(H: Products) -> Float[Tensor, " P"]:
     return torch.cat([block.diagonal() for block in blocks(H)][::-1])
 
 
+@exact()
 def by_stage(H: Products) -> dict[str, dict[str, float]]:
     """`Curvature.by_stage`."""
     out: dict[str, dict[str, float]] = {}
@@ -105,6 +108,7 @@ def by_stage(H: Products) -> dict[str, dict[str, float]]:
     return dict(reversed(out.items()))
 
 
+@exact()
 def block(H: Products, stage: str | int) -> Float[Tensor, "p p"]:
     names = [s.name for s in H.chain.live if s.parameters]
     if isinstance(stage, int) and -len(names) <= stage < len(names):

@@ -1,0 +1,168 @@
+"""What a caller has switched on for the whole process does not reach into exact derivatives, and is as it was afterwards."""
+
+import pytest
+import torch
+from conftest import build, reference_hessian, relative
+from torch import nn
+
+from hinv import GGN, CurvatureMonitor, Hessian, optim, paper, spectrum
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
+}
+NETWORKS = ["tanh, cross-entropy", "residual blocks", "layernorm"]
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return MODES[request.param]
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_answer_under_every_mode(mode, name):
+    problem = build(name)
+    D = reference_hessian(*problem)
+    shifted, values = D + 0.1 * torch.eye(len(D), dtype=D.dtype), torch.linalg.eigvalsh(D)
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled()
+        H = Hessian(*problem)
+        assert relative(H.dense(), D) < 1e-10
+        for method in ("factor", "sparse", "tridiagonal", "woodbury", "dense", "minres"):
+            assert relative(shifted @ H.solve(H.gradient, 0.1, method), H.gradient) < 1e-7, method
+        assert H.factor(0.1).inertia[1] == int((values < -0.1).sum())
+        assert H.logdet(0.1)[1] == pytest.approx((values + 0.1).abs().log().sum().item(), rel=1e-8, abs=1e-8)
+        assert H.trace() == pytest.approx(D.trace().item(), rel=1e-9, abs=1e-9)
+        assert relative(H.diagonal(), D.diagonal()) < 1e-10
+        assert H.eigsh(2).certified
+        m = paper.matrices(H)
+        assert relative((m.D_D @ m.D_xx).dense(), m.DDxx.dense()) < 1e-10 or m.DDxx.dense().norm() == 0
+        assert before == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled())
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_float32_answers_are_those_without_the_mode(mode):
+    model, loss, x, y = build("tanh, cross-entropy")
+    model, x = model.float(), x.float()
+    plain = Hessian(model, loss, x, y)
+    with mode():
+        H = Hessian(model, loss, x, y)
+        assert torch.equal(H.gradient, plain.gradient) and torch.equal(H @ H.gradient, plain @ plain.gradient)
+        G = GGN(model, loss, x, y)
+        G.solve(G.gradient, 0.1)
+        assert G.last_solve.residual < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize(
+    "cls", [optim.GaussNewton, optim.DampedNewton, optim.TrustRegionNewton, optim.SaddleFreeNewton]
+)
+def test_steps_are_those_without_the_mode(mode, cls):
+    after = []
+    for inside in (True, False):
+        model, loss, x, y = build("tanh, cross-entropy")
+        descent = cls(model, loss)
+        if inside:
+            with mode():
+                descent.step(x, y)
+                descent.step(x, y)
+        else:
+            descent.step(x, y)
+            descent.step(x, y)
+        after.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*after)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_monitor_and_data_sets_under_every_mode(mode):
+    problem = build("tanh, cross-entropy")
+    D, (model, loss, x, y) = reference_hessian(*problem), problem
+    with mode():
+        record = CurvatureMonitor(*problem, what=("lambda_max", "trace"))()
+        assert "errors" not in record and record["trace"] == pytest.approx(D.trace().item(), abs=1e-9)
+        A = spectrum.DataHessian(model, loss, [(x[:4], y[:4]), (x[4:], y[4:])])
+        assert relative(A @ torch.ones(len(D), dtype=D.dtype), D @ torch.ones(len(D), dtype=D.dtype)) < 1e-10
+
+
+# -- what the copy of a model would not follow -------------------------------------------------------------------------
+
+CE = nn.CrossEntropyLoss()
+
+
+def small():
+    return build("tanh, cross-entropy")
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_loss_that_reads_parameters_is_refused(kind):
+    """A penalty: the copy of the model would make it a constant, and the answer that of the loss without it."""
+    model, _, x, y = small()
+    with pytest.raises(ValueError, match="6 trainable tensors besides the outputs .* add mu to damping"):
+        kind(model, lambda o, t: CE(o, t) + 0.05 * sum((p**2).sum() for p in model.parameters()), x, y)
+
+
+def test_the_remedy_for_a_penalty_is_right():
+    """mu |x|^2 / 2 in the loss is mu more damping, by the matrix of the penalized loss itself."""
+    model, _, x, y = small()
+    named = dict(model.named_parameters())
+    sizes = [p.numel() for p in named.values()]
+
+    def penalized(vector):
+        values = {n: v.view_as(p) for (n, p), v in zip(named.items(), vector.split(sizes), strict=True)}
+        return CE(torch.func.functional_call(model, values, (x,)), y) + 0.1 / 2 * vector.square().sum()
+
+    vector = nn.utils.parameters_to_vector(named.values()).detach()
+    D = torch.func.hessian(penalized)(vector)
+    H, g = Hessian(model, CE, x, y), torch.func.grad(penalized)(vector)
+    step = H.solve(g, damping=0.01 + 0.1)
+    assert relative(D @ step + 0.01 * step, g) < 1e-8
+
+
+def test_a_loss_with_parameters_of_its_own():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((4,), 1.5, dtype=torch.float64))
+
+        def forward(self, outputs, targets):
+            return CE(outputs * self.scale, targets)
+
+    model, _, x, y = small()
+    with pytest.raises(ValueError, match="1 trainable tensors besides the outputs"):
+        Hessian(model, Scaled(), x, y)
+    frozen = Scaled().requires_grad_(False)
+    assert relative(Hessian(model, frozen, x, y).dense(), reference_hessian(model, frozen, x, y)) < 1e-10
+
+
+@pytest.mark.parametrize("which", ["model", "layer"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_replaced_forward_is_refused(kind, which):
+    model, loss, x, y = small()
+    target = model if which == "model" else model[2]
+    plain = target.forward
+    target.forward = lambda z: plain(z)
+    name = "the model" if which == "model" else "2"
+    with pytest.raises(ValueError, match=f"'{name}' .* has a replaced forward"):
+        kind(model, loss, x, y)
+    del target.forward
+    kind(model, loss, x, y)
+
+
+def test_a_model_whose_copy_has_another_gradient_is_refused():
+    """A module that reaches its layer through a closure: the copy's closure still holds the original layer."""
+
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 5).double()
+            self.call = lambda z: self.inner(z)
+
+        def forward(self, z):
+            return self.call(z)
+
+    x, y = small()[2:]
+    model = nn.Sequential(nn.Linear(6, 5).double(), Closure(), nn.Linear(5, 4).double())
+    with pytest.raises(ValueError, match=r"gradient in '1\.inner\.weight' is not that of its copy"):
+        Hessian(model, CE, x, y)
