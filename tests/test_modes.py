@@ -99,7 +99,7 @@ def small():
 def test_a_loss_that_reads_parameters_is_refused(kind):
     """A penalty: the copy of the model would make it a constant, and the answer that of the loss without it."""
     model, _, x, y = small()
-    with pytest.raises(ValueError, match="6 trainable tensors besides the outputs .* add mu to damping"):
+    with pytest.raises(ValueError, match=r"6 trainable tensors besides the outputs .* add mu to damping"):
         kind(model, lambda o, t: CE(o, t) + 0.05 * sum((p**2).sum() for p in model.parameters()), x, y)
 
 

@@ -273,6 +273,18 @@ def test_float32_models_are_counted_in_float64():
     assert single.logdet(0.1)[1] == pytest.approx((values + 0.1).abs().log().sum().item(), rel=1e-9)
 
 
+def test_a_minimum_without_any_gradient_is_certified():
+    """Teacher and student alike: the gradient is exactly zero, so it tells nothing of the size of H."""
+    model, x = tall_skinny((4, 5, 5, 3), seed=2), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+    H = Hessian(model, nn.MSELoss(), x, model(x).detach())
+    assert H.gradient.norm() == 0
+    values = torch.linalg.eigvalsh(H.dense())
+    for which, expected in (("SA", values[:2]), ("LA", values[-2:])):
+        pairs = H.eigsh(2, which)
+        assert pairs.certified and torch.allclose(pairs.values, expected, atol=1e-10)
+    assert H.eigval(-1) == pytest.approx(values[-1].item(), rel=1e-7)
+
+
 # -- trace, diagonal, blocks -------------------------------------------------------------------------------------------
 
 

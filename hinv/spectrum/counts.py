@@ -42,7 +42,7 @@ def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:
     if not rtol > 0:
         raise ValueError(f"rtol must be a positive number, not {rtol}")
     i %= P
-    radius = (H @ H.gradient).norm().item() / max(H.gradient.norm().item(), 1e-300) or 1.0
+    radius = size(H) or 1.0
     low = high = 0.0
     while not low < high or count_below(H, low) > i or count_below(H, high) <= i:
         radius *= 4.0
@@ -58,6 +58,12 @@ def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:
             low, high = (middle, high) if count_below(H, middle) <= i else (low, middle)
             bar.update()
     return (low + high) / 2
+
+
+def size(H: Matrix) -> float:
+    """A lower bound of the norm of H, usually of its order: |H g| / |g| for the gradient, or at a stationary point for a vector of ones."""
+    g = H.gradient if H.gradient.norm() > 0 else torch.ones_like(H.gradient)
+    return ((H @ g).norm() / g.norm()).item()
 
 
 UNRESOLVED = 1e-8  # of the norm of H: width of a bracket in which no shift could be factored

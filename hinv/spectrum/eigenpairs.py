@@ -14,7 +14,7 @@ from hinv.shapes import Float
 from hinv.solver.matrix import Matrix
 from hinv.solver.products import operator
 
-from .counts import count_below
+from .counts import count_below, size
 
 ROUNDS = 6  # searches for eigenvalues that the count says are missing
 ACCURATE = 1e-7  # of the norm of H: the largest residual |H v - lambda v| of a certified pair
@@ -98,8 +98,7 @@ class _Region:
     def __init__(self, H: Matrix, which: str, sigma: float | None):
         self.H, self.which, self.sigma = H, which, sigma
         self.inverse = None if sigma is None else H.factor(-sigma, dtype=torch.float64)
-        g = H.gradient
-        self.norm = (H @ g).norm().item() / max(g.norm().item(), 1e-300)  # a lower bound, of the right size for margins
+        self.norm = size(H)  # for margins
 
     def measure(self, values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         if self.sigma is not None:
