@@ -13,14 +13,14 @@ SOURCES   := $(shell find hinv -name "*.py")
 # JOBS notebooks at a time, one thread each, the longest first
 LONG      := $(wildcard notebooks/09*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
 ORDERED   := $(LONG) $(filter-out $(LONG),$(CHAPTERS))
-NBVAL      = OMP_NUM_THREADS=1 HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider -p no:jaxtyping --nbval-lax --nbval-cell-timeout=900
+NBVAL      = OMP_NUM_THREADS=1 HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
 DONE      := $(patsubst notebooks/%,build/notebooks/%,$(ORDERED) $(MAP))
 
 export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test check types bench wheel lab clean
+.PHONY: help setup reproduce notebooks parameters test check bench wheel lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'

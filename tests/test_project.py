@@ -114,6 +114,8 @@ def test_notebook_is_committed_clean(path):
     for word in ("**Question.**", "**Answer.**", "**Needs**", "**Makes**", "**Runs**"):
         assert word in first
     assert max(len(c.source.splitlines()) for c in code) <= 20
+    prose = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert not re.search(r"\bthe plan\b", prose), "a notebook speaks of its subject alone"
     assert "claims.write()" in "".join(c.source for c in code)
 
 

@@ -15,9 +15,9 @@ class Diagonal(Eliminated):
     p = 0
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        first, bend = elementwise(stage) if not gauss_newton else (stage.slope, stage.slope)
+        first, bend = (stage.slope, None) if gauss_newton else elementwise(stage)
         self.slope, self.row = first.reshape(-1, 1), first.reshape(1, -1)
-        self.bend = None if gauss_newton else bend.flatten()
+        self.bend = None if bend is None else bend.flatten()
 
     def eliminate(
         self, V: Float[Tensor, "k k"] | None, damping: float, try_cholesky: bool
