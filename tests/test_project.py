@@ -30,6 +30,7 @@ def pins():
 
 def test_requirements_are_exact_and_in_the_ranges_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {Requirement(text).name for text in project["dependencies"]} == {"torch", "numpy", "scipy", "tqdm"}
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     ranges = [Requirement(text) for group in groups for text in group]
     exact = {}

@@ -7,20 +7,18 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hinv import optim
 from hinv.errors import NotFiniteError
 from hinv.network import tall_skinny
-from hinv.shapes import Float, Int
 
 from .config import Config, descent
 from .folder import Folder
 from .images import Batch, RunImages, loader
+from .validation import score
 
 STOPPED = "stopped at step"
-CHUNK = 1024  # images of one forward pass in validation
 
 
 class Session:
@@ -137,19 +135,8 @@ class Session:
         record: dict[str, Any] = {"kind": "validation", "step": self.step, "elapsed": self.seconds}
         for name, images in (("probe", self.images.probe), ("test", self.images.test)):
             if images is not None:
-                record |= {f"{name}_{k}": v for k, v in self._score(*images).items()}
+                record |= {f"{name}_{k}": v for k, v in score(self.model, *images, self.config.device).items()}
         self._write(file, record, writer)
-
-    def _score(self, x: Float[Tensor, "n ..."], y: Int[Tensor, " n"]) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 accuracy."""
-        loss, hits = 0.0, torch.zeros(2, dtype=torch.int64)
-        with torch.no_grad():
-            for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-                outputs, labels = self.model(part.flatten(1).to(self.config.device)), labels.to(self.config.device)
-                loss += functional.cross_entropy(outputs, labels, reduction="sum").item()
-                best = outputs.topk(min(5, outputs.shape[1]), 1).indices == labels[:, None]
-                hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
-        return {"loss": loss / len(x), "top1": hits[0].item() / len(x), "top5": hits[1].item() / len(x)}
 
     def _write(self, file: BinaryIO, record: dict[str, Any], writer: Any) -> None:
         self.folder.append(file, record)
