@@ -388,6 +388,21 @@ def test_crops_depend_on_seed_epoch_and_number_alone():
     assert ((x * 0.5 + 0.3) > -1e-6).all() and ((x * 0.5 + 0.3) < 1 + 1e-6).all()
 
 
+def test_crops_are_kept_within_bounds_and_the_same_when_kept(monkeypatch):
+    make = {"side": 6, "gray": False, "mean": torch.zeros(1), "std": torch.ones(1), "dtype": torch.float64, "seed": 1}
+    crops, keys = data.Crops(data.source("digits", n=12), **make), [(0, 3), (0, 5), (1, 3)]
+    first, _ = crops.__getitems__(keys)
+    monkeypatch.setattr(data.RandomResizedCrop, "get_params", lambda *a, **k: pytest.fail("cut again"))
+    assert torch.equal(crops.__getitems__(keys)[0], first)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "KEPT", 2 * 6 * 6 * 4)  # room for two
+    small = data.Crops(data.source("digits", n=12), **make)
+    assert torch.equal(small.__getitems__(keys)[0], first) and torch.equal(
+        small.__getitems__(keys[::-1])[0].flip(0), first
+    )
+    assert len(small._cut) == 2
+
+
 def test_augmented_runs_do_not_depend_on_the_workers(tmp_path):
     options = {"augment": True, "side": 8, "steps": 6}
     plain = run(config(**options), tmp_path / "plain", progress=False)

@@ -153,6 +153,9 @@ class Stack(Dataset):
         return self.x[index], self.y[index]
 
 
+KEPT = 2**28  # bytes of crops that are kept
+
+
 class Crops(Dataset):
     """Images read as they are needed, each cut and flipped at random: a crop of 35 to 100 percent of the area, resized to `side`.
 
@@ -175,7 +178,6 @@ class Crops(Dataset):
         small = len(source.y) * 3 * (2 * side) ** 2 * 4 < 2**31
         self._kept: dict[int, Tensor] | None = {} if small else None
         self._cut: dict[tuple[int, int], Tensor] = {}  # crops are functions of their key: many runs see the same ones
-        self._room = 2**28 // (3 * side**2 * 4)  # how many of them fit into a quarter of a GiB
 
     def __len__(self) -> int:
         return len(self.source.y)
@@ -188,21 +190,21 @@ class Crops(Dataset):
         return self._kept[i]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
-        missing = [key for key in keys if key not in self._cut]
-        made: dict[tuple[int, int], Tensor] = {}
         with torch.random.fork_rng(devices=[]):
-            for key in missing:
-                made[key] = self._crop(*key)
-        x = torch.stack([self._cut[key] if key in self._cut else made[key] for key in keys])
-        self._cut |= dict(list(made.items())[: self._room - len(self._cut)])
+            x = torch.stack([self._crop(*key) for key in keys])
         return (x.to(self.dtype) - self.mean) / self.std, self.source.y[torch.tensor([i for _, i in keys])]
 
     def _crop(self, epoch: int, i: int) -> Float[Tensor, "channels side side"]:
+        if (epoch, i) in self._cut:
+            return self._cut[epoch, i]
         torch.default_generator.manual_seed(hash((self.seed, epoch, i)))  # of integers: the same in every process
         picture = self._read(i)
         box = RandomResizedCrop.get_params(picture, scale=[0.35, 1.0], ratio=[3 / 4, 4 / 3])
         cut = transforms.resized_crop(picture, *box, [self.side, self.side], antialias=True)
-        return cut.flip(-1) if torch.rand(()) < 0.5 else cut
+        cut = cut.flip(-1) if torch.rand(()) < 0.5 else cut
+        if cut.nbytes * (len(self._cut) + 1) <= KEPT:
+            self._cut[epoch, i] = cut
+        return cut
 
 
 def folder() -> Path:
