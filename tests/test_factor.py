@@ -16,6 +16,7 @@ from conftest import NAMES, ElementaryLayerNorm, build, reference_hessian, relat
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hinv
 from hinv import (
@@ -607,3 +608,32 @@ def test_the_dual_of_outputs_that_are_all_but_certain():
     damping = 1e-4 * torch.linalg.eigvalsh(G.dense())[-1].item()
     F, b = Dual(G.chain, damping), G.gradient / G.gradient.norm()
     assert relative(G @ F.solve(b) + damping * F.solve(b), b) < 1e-6  # 1 - p has ten digits here, in any product too
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one operation put out."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_what_goes_back_to_a_wide_input_is_not_formed():
+    """Neither the dual's deltas of the input, (B, inputs, C), nor its curvature, (B, inputs, inputs)."""
+    wide, batch = 3000, 8
+    x, y = (
+        torch.randn(batch, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.arange(8) % 5,
+    )
+    G = GGN(tall_skinny((wide, 4, 5), gain=0.1), nn.CrossEntropyLoss(), x, y)
+    with Largest() as seen:
+        Dual(G.chain, 0.1)
+    assert seen.numbers <= batch * wide
+    with Largest() as seen:
+        G.diagonal()
+    assert seen.numbers <= max(batch * wide, G.shape[0])

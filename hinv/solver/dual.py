@@ -51,7 +51,8 @@ class Dual:
                     block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
                 self.stages.insert(0, z)
                 deltas.insert(0, delta)
-                delta = stage.weight.T @ delta
+                if number:  # nobody asks for the deltas of the input, which may be much wider than any layer
+                    delta = stage.weight.T @ delta
             elif stage.kind == "elementwise":
                 delta = stage.slope.unsqueeze(2) * delta
             else:
