@@ -288,8 +288,7 @@ def subtract_product(V: Float[Tensor, "k k"], X: Float[Tensor, "n k"], Y: Float[
     edges = [k * i // STRIPES for i in range(STRIPES + 1)]
     for top, bottom in itertools.pairwise(edges):
         V[top:bottom, :bottom].addmm_(X[:, top:bottom].T, Y[:, :bottom], alpha=-1.0)
-        square = V[
-            top:bottom, top:bottom
-        ]  # symmetric to rounding: on some processors the product's two halves differ in the last bit
+        # to the bit: on some processors the two halves of the product differ in the last one
+        square = V[top:bottom, top:bottom]
         square.copy_(square.tril() + square.tril(-1).mT)
         V[:top, top:bottom] = V[top:bottom, :top].T

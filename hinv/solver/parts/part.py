@@ -10,9 +10,8 @@ from hinv.shapes import Array, Float
 
 from ..symmetric import SingularPivotError, Symmetric, factored
 
-Kept = tuple[
-    Any, Any
-]  # what the sweep back keeps of a stage for the sweep forth: S^-1 h, or half of it, and the rest beyond the batch
+# what the sweep back keeps of a stage for the sweep forth: S^-1 h, or half of it, and the rest beyond the batch
+Kept = tuple[Any, Any]
 
 
 class Eliminated:
