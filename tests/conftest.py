@@ -3,6 +3,7 @@
 import copy
 import os
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -13,6 +14,8 @@ jaxtyping.install_import_hook("hinv", "enforce.enforced")  # types and shapes ar
 from hinv import tall_skinny  # noqa: E402
 
 torch.set_num_threads(1)  # pytest runs one process a core
+hypothesis.settings.register_profile("untimed", deadline=None)  # the first call under the hook takes a second
+hypothesis.settings.load_profile("untimed")
 os.environ.pop("HINV_RUNS", None)  # what tests train stays theirs
 
 
