@@ -14,6 +14,9 @@ jaxtyping.install_import_hook("hinv", "enforce.enforced")  # types and shapes ar
 from hinv import tall_skinny  # noqa: E402
 
 torch.set_num_threads(1)  # pytest runs one process a core
+DEVICE = os.environ.get("HINV_DEVICE", "cpu")  # where the tests make their tensors: `make cuda`
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 hypothesis.settings.register_profile("untimed", deadline=None)  # the first call under the hook takes a second
 hypothesis.settings.load_profile("untimed")
 os.environ.pop("HINV_RUNS", None)  # what tests train stays theirs
@@ -55,7 +58,7 @@ def _labels(batch, classes):
 
 
 def _x(batch, *shape):
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch), dtype=torch.float64)
+    return torch.randn(batch, *shape, generator=torch.Generator(DEVICE).manual_seed(batch), dtype=torch.float64)
 
 
 def _eval_norm():

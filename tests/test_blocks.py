@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ sizes = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
 
 def random_matrix(rows, cols, seed, density=0.6):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     blocks = {
         (i, j): torch.randn(m, n, generator=generator, dtype=torch.float64)
         for i, m in enumerate(rows)

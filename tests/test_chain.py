@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import build, reference_hessian, relative
+from conftest import DEVICE, build, reference_hessian, relative
 from torch import nn
 
 from hinv import Hessian
 from hinv.network.chain import Chain
 
-X = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(0))
 Y = torch.tensor([0, 1, 0, 1])
 CE = nn.CrossEntropyLoss()
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NAMES, ElementaryLayerNorm, build, reference_hessian, relative
+from conftest import DEVICE, NAMES, ElementaryLayerNorm, build, reference_hessian, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -61,7 +61,7 @@ def reference_ggn(model, loss, x, y):
 def check(F, D, damping):
     """Solution, inertia and determinant of a factorization against the dense matrix."""
     A = shifted(D, damping)
-    b = torch.randn(len(D), 2, generator=torch.Generator().manual_seed(4), dtype=D.dtype)
+    b = torch.randn(len(D), 2, generator=torch.Generator(DEVICE).manual_seed(4), dtype=D.dtype)
     x = F.solve(b)
     x = x + F.solve(b - A @ x)  # one refinement
     assert relative(A @ x, b) < 1e-10
@@ -94,7 +94,7 @@ def test_gauss_newton_factor_dual_and_products(name, damping):
             for p in recursion.pivots
             if hasattr(p, "S")
         )
-        b = torch.randn(len(D), generator=torch.Generator().manual_seed(1), dtype=D.dtype)
+        b = torch.randn(len(D), generator=torch.Generator(DEVICE).manual_seed(1), dtype=D.dtype)
         for method in ("auto", "factor", "dense", "sparse"):
             assert relative(G.solve(b, damping, method), torch.linalg.solve(shifted(D, damping), b)) < 1e-7
     assert relative(G.gradient, Hessian(*build(name)).gradient) < 1e-14
@@ -104,7 +104,7 @@ def test_gauss_newton_factor_dual_and_products(name, damping):
 @pytest.mark.parametrize("name", NAMES)
 def test_sparse_peer(name, damping):
     D = reference_hessian(*build(name))
-    b = torch.randn(len(D), 2, generator=torch.Generator().manual_seed(4), dtype=D.dtype)
+    b = torch.randn(len(D), 2, generator=torch.Generator(DEVICE).manual_seed(4), dtype=D.dtype)
     x = sparse.factor(Hessian(*build(name)).chain, damping)(b)
     assert relative(shifted(D, damping) @ x, b) < 1e-9
 
@@ -161,7 +161,7 @@ def test_random_architectures(sizes, batch, bias, activation, loss, damping, gai
         assume(False)  # an unlucky pivot inside: refused, not wrong
     assert F.inertia == (int((values > 0).sum()), int((values < 0).sum()), 0)
     assert F.logdet[1] == pytest.approx(torch.linalg.slogdet(A)[1].item(), rel=1e-8, abs=1e-7)
-    b = torch.randn(len(A), generator=torch.Generator().manual_seed(seed), dtype=A.dtype)
+    b = torch.randn(len(A), generator=torch.Generator(DEVICE).manual_seed(seed), dtype=A.dtype)
     z = F.solve(b)
     for _ in range(2):
         z = z + F.solve(b - A @ z)
@@ -368,7 +368,7 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     H = Hessian(*build("tanh, cross-entropy"))
     monkeypatch.setattr(H, "estimate", lambda: SimpleNamespace(method="factor"))
     exact = torch.linalg.inv(shifted(H.dense(), 0.1))
-    u = torch.randn(len(exact), 2, generator=torch.Generator().manual_seed(0), dtype=exact.dtype)
+    u = torch.randn(len(exact), 2, generator=torch.Generator(DEVICE).manual_seed(0), dtype=exact.dtype)
     spoilt = exact + u @ u.T  # wrong in two directions: refinement diverges, GMRES needs a few steps
     monkeypatch.setitem(solve.METHODS, "factor", lambda *_: lambda b: spoilt @ b)
     H.solve(H.gradient, damping=0.1)
@@ -444,7 +444,7 @@ def test_memory_is_refused_before_allocating(monkeypatch):
 def test_float32_models():
     """factor() computes in the model's dtype or in float64 on request; solve() in float64."""
     model = tall_skinny((16, *[8] * 20, 5), dtype=torch.float32)
-    x, y = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    x, y = torch.randn(8, 16, generator=torch.Generator(DEVICE).manual_seed(0)), torch.arange(8) % 5
     H = Hessian(model, nn.CrossEntropyLoss(), x, y)
     step = H.solve(H.gradient, damping=0.1, method="factor")
     assert step.dtype == torch.float32 and H.last_solve.residual <= 1e-4
@@ -458,7 +458,7 @@ def test_float32_models():
 
 def test_float32_gauss_newton_in_float64():
     """The dtype reaches the dual and the recursion, the estimate counts it, and right-hand sides keep their own."""
-    x, y = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    x, y = torch.randn(8, 16, generator=torch.Generator(DEVICE).manual_seed(0)), torch.arange(8) % 5
     G = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32), nn.CrossEntropyLoss(), x, y)
     exact = GGN(tall_skinny((16, *[8] * 6, 5), dtype=torch.float32).double(), nn.CrossEntropyLoss(), x.double(), y)
     reference = torch.linalg.solve(shifted(exact.dense(), 1e-3), exact.gradient)
@@ -533,7 +533,7 @@ def test_readme_table_of_layers_is_what_was_checked():
 
 @pytest.mark.parametrize(("sizes", "batch", "seed"), [((6, 6, 6, 6, 3), 20, 0), ((12,) * 6 + (4,), 30, 2)])
 def test_inertia_is_right_or_refused_and_logdet_says_what_it_lost(sizes, batch, seed):
-    x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(seed)).double()
+    x = torch.randn(batch, sizes[0], generator=torch.Generator(DEVICE).manual_seed(seed)).double()
     H = Hessian(tall_skinny(sizes, seed=seed), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
     values = torch.linalg.eigvalsh(H.dense())
     trailing = torch.linalg.eigvalsh(H.block(-1))
@@ -560,7 +560,7 @@ def test_a_loss_that_is_not_convex_is_not_given_to_the_dual():
     def loss(outputs, targets):
         return torch.log1p((outputs - targets) ** 2).sum()
 
-    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(6, 20, generator=torch.Generator(DEVICE).manual_seed(0)).double()
     G = GGN(tall_skinny((20, *[24] * 8, 1)), loss, x, 3.0 * torch.ones(6, 1).double())
     assert G.estimate().method == "dual" and isinstance(G.factor(0.1), factor.Factor)
     values = torch.linalg.eigvalsh(G.dense())
@@ -571,7 +571,7 @@ def test_a_loss_that_is_not_convex_is_not_given_to_the_dual():
 
 
 def test_ignored_labels_beyond_the_classes():
-    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 3
+    x, y = torch.randn(8, 4, generator=torch.Generator(DEVICE).manual_seed(0)).double(), torch.arange(8) % 3
     y[:2] = 255
     H = Hessian(tall_skinny((4, 5, 3)), nn.CrossEntropyLoss(ignore_index=255), x, y)
     values = torch.linalg.eigvalsh(H.dense())
@@ -587,7 +587,7 @@ def test_the_root_of_two_classes_is_exact_however_certain_they_are(t):
 
 
 def test_the_root_of_a_loss_that_is_not_convex_is_refused():
-    out, y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double(), torch.ones(3, 2).double()
+    out, y = torch.randn(3, 2, generator=torch.Generator(DEVICE).manual_seed(0)).double(), torch.ones(3, 2).double()
     for loss in (
         nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, -1.0]).double()),
         lambda o, t: (o.square() - t).square().mean() - o.square().sum(),
@@ -598,7 +598,7 @@ def test_the_root_of_a_loss_that_is_not_convex_is_refused():
 
 def test_the_dual_of_outputs_that_are_all_but_certain():
     """Where softmax is 1 to rounding, its Hessian's entries cancel; the dual must not take them for negative curvature."""
-    x, y = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 4
+    x, y = torch.randn(8, 20, generator=torch.Generator(DEVICE).manual_seed(0)).double(), torch.arange(8) % 4
     model = tall_skinny((20, *[24] * 3, 4))
     with torch.no_grad():
         model[-1].weight.mul_(1000.0)
@@ -627,7 +627,7 @@ def test_what_goes_back_to_a_wide_input_is_not_formed():
     """Neither the dual's deltas of the input, (B, inputs, C), nor its curvature, (B, inputs, inputs)."""
     wide, batch = 3000, 8
     x, y = (
-        torch.randn(batch, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.randn(batch, wide, generator=torch.Generator(DEVICE).manual_seed(0), dtype=torch.float64),
         torch.arange(8) % 5,
     )
     G = GGN(tall_skinny((wide, 4, 5), gain=0.1), nn.CrossEntropyLoss(), x, y)

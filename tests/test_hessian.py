@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg as sparse
 import torch
-from conftest import NAMES, build, reference_hessian, reference_loss, relative
+from conftest import DEVICE, NAMES, build, reference_hessian, reference_loss, relative
 from torch import nn
 
 from hinv import AccuracyWarning, Hessian, solve, tall_skinny
@@ -37,7 +37,7 @@ def test_finite_differences(name):
     problem = build(name)
     H = Hessian(*problem)
     function, x = reference_loss(*problem)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(DEVICE).manual_seed(5)
     for _ in range(3):
         v = torch.randn(H.shape[0], generator=generator, dtype=H.dtype)
         v, h = v / v.norm(), 1e-3
@@ -71,7 +71,7 @@ def test_softmax_regression_closed_form():
 @pytest.mark.parametrize("name", NAMES)
 def test_solve_agrees_with_dense(name, damping, method):
     H = Hessian(*build(name))
-    b = torch.randn(H.shape[0], 2, generator=torch.Generator().manual_seed(1), dtype=H.dtype)
+    b = torch.randn(H.shape[0], 2, generator=torch.Generator(DEVICE).manual_seed(1), dtype=H.dtype)
     reference = torch.linalg.solve(reference_hessian(*build(name)) + damping * torch.eye(H.shape[0], dtype=H.dtype), b)
     x = H.solve(b, damping, method)
     assert relative(x, reference) < 1e-8
@@ -211,7 +211,7 @@ def test_zero_right_hand_side_and_no_columns():
 
 def test_float32_follows_the_model():
     model = tall_skinny((8, *[6] * 6, 3), dtype=torch.float32)
-    x, y = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3
+    x, y = torch.randn(5, 8, generator=torch.Generator(DEVICE).manual_seed(0)), torch.arange(5) % 3
     H = Hessian(model, nn.CrossEntropyLoss(), x, y)
     for method in ("tridiagonal", "woodbury", "dense", "cg", "minres"):
         step = H.solve(H.gradient, damping=4.0, method=method)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -19,7 +20,7 @@ LOSS = nn.CrossEntropyLoss()
 
 
 def problem(sizes=(6, 5, 5, 4), batch=12, seed=0, gain=1.2):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     x = torch.randn(batch, sizes[0], generator=generator, dtype=torch.float64)
     return tall_skinny(sizes, gain=gain, seed=seed), x, torch.arange(batch) % sizes[-1]
 

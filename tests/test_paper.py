@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, reference_hessian, relative
+from conftest import DEVICE, build, reference_hessian, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +18,7 @@ def H(request):
 
 
 def network(sizes, batch, classes=None, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     x = torch.randn(batch, sizes[0], generator=generator, dtype=torch.float64)
     return Hessian(tall_skinny(sizes, seed=seed, **options), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
 
@@ -72,7 +72,7 @@ def test_contraction_gives_the_blocks_the_algorithms_use(H):
 def test_product_is_pearlmutters(problem):
     """O(L) product through the paper's matrices = double backward = torch.func.hessian times V."""
     H = Hessian(*problem)
-    V = torch.randn(H.shape[0], 2, generator=torch.Generator().manual_seed(0), dtype=H.dtype)
+    V = torch.randn(H.shape[0], 2, generator=torch.Generator(DEVICE).manual_seed(0), dtype=H.dtype)
     assert relative(paper.product(H, V), H @ V) < 1e-10
     assert relative(paper.product(H, V), reference_hessian(*problem) @ V) < 1e-10
     assert relative(paper.product(H, V[:, 0]), H @ V[:, 0]) < 1e-10
@@ -178,7 +178,7 @@ def test_both_algorithms_on_random_shapes(widths, batch, bias, activation, dampi
     sizes = [*widths, widths[-1] + 1]
     H = network(sizes, batch, seed=seed, activation=activation, bias=bias)
     D = H.dense() + damping * torch.eye(H.shape[0], dtype=H.dtype)
-    g = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(seed), dtype=H.dtype)
+    g = torch.randn(H.shape[0], generator=torch.Generator(DEVICE).manual_seed(seed), dtype=H.dtype)
     reference = torch.linalg.solve(D, g)
     condition = torch.linalg.cond(D).item()
     for method in ("tridiagonal", "woodbury"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import NAMES, build, reference_hessian, relative
+from conftest import DEVICE, NAMES, build, reference_hessian, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,7 +13,7 @@ from hinv.spectrum import eigenpairs
 
 
 def network(sizes=(8, *[6] * 5, 4), batch=12, kind=Hessian, gain=1.0, bias=True, seed=0):
-    x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(batch, sizes[0], generator=torch.Generator(DEVICE).manual_seed(seed), dtype=torch.float64)
     return kind(
         tall_skinny(sizes, gain=gain, bias=bias, seed=seed), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1]
     )
@@ -275,7 +275,10 @@ def test_float32_models_are_counted_in_float64():
 
 def test_a_minimum_without_any_gradient_is_certified():
     """Teacher and student alike: the gradient is exactly zero, so it tells nothing of the size of H."""
-    model, x = tall_skinny((4, 5, 5, 3), seed=2), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+    model, x = (
+        tall_skinny((4, 5, 5, 3), seed=2),
+        torch.randn(3, 4, generator=torch.Generator(DEVICE).manual_seed(0)).double(),
+    )
     H = Hessian(model, nn.MSELoss(), x, model(x).detach())
     assert H.gradient.norm() == 0
     values = torch.linalg.eigvalsh(H.dense())

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,13 +12,14 @@ from hinv.solver.symmetric import (
     Eigen,
     SingularPivotError,
     Small,
+    Unpivoted,
     factored,
     subtract_product,
 )
 
 
 def matrix(kind, n, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     A = torch.randn(n, n, generator=generator, dtype=dtype)
     A = A + A.T
     if kind == "definite":
@@ -64,7 +66,7 @@ def test_solves_inertia_and_determinant(kind, n, seed, try_cholesky):
 def test_couple_and_sweeps(kind, n, arrays):
     """V - N^T S^-1 N, and what takes N's place: N^T S^-1 t = Y^T u, S^-1 (t - N y) = back(w - Y y); with tensors and with arrays."""
     A = matrix(kind, n, 3)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     shapes = ((n, 90), (90, 90), (n, 2), (90, 2))
     N, V, t, y = (torch.randn(r, c, generator=generator, dtype=torch.float64) for r, c in shapes)
     V = V + V.T
@@ -87,6 +89,39 @@ def test_product_by_block_rows():
     subtract_product(V, X, D * X)
     torch.testing.assert_close(V, -X.T @ (D * X))
     assert torch.equal(V, V.T)
+
+
+def eliminated(A):
+    """L and d of an elimination without pivoting, column by column."""
+    A, n = A.clone(), len(A)
+    L, d = torch.eye(n, dtype=A.dtype), torch.empty(n, dtype=A.dtype)
+    for j in range(n):
+        d[j], L[j + 1 :, j] = A[j, j], A[j + 1 :, j] / A[j, j]
+        A[j + 1 :, j + 1 :] -= L[j + 1 :, j, None] * A[j, None, j + 1 :]
+    return L, d
+
+
+@pytest.mark.parametrize("kind", ["indefinite", "definite", "negative"])
+@pytest.mark.parametrize("n", [1, 2, 24])
+def test_without_pivoting_on_a_gpu(monkeypatch, kind, n):
+    """Every answer, where few digits go; LDL^T takes over where many would. Torch's elimination without pivoting is for a GPU alone."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("hinv.solver.symmetric._unpivoted", eliminated)
+    taken = 0
+    for seed in range(20):
+        A = matrix(kind, n, seed)
+        S = Unpivoted.of(A)
+        taken += S is not None
+        if S is not None:
+            condition = torch.linalg.cond(A).item()
+            check(S, A, {"rtol": 1e-12 * condition, "atol": 1e-12 * condition})
+            N, V = torch.randn(n, 3, dtype=A.dtype), torch.zeros(3, 3, dtype=A.dtype)
+            expected = -N.T @ torch.linalg.solve(A, N)
+            S.couple(N.clone(), V)
+            torch.testing.assert_close(V, expected, rtol=1e-9 * condition, atol=1e-9)
+    assert taken >= 15  # of random indefinite matrices of 130 rows it is a few, of definite ones all
+    for bad in (matrix("zero diagonal", 6, 0), torch.full((3, 3), float("nan"), dtype=A.dtype)):
+        assert Unpivoted.of(bad) is None
 
 
 def test_stacks_by_cholesky_or_eigenvalues():

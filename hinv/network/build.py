@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from hinv.draws import seeded
+
 
 def tall_skinny(
     sizes: Sequence[int],
@@ -26,12 +28,12 @@ def tall_skinny(
     """
     if len(sizes) < 2:
         raise ValueError(f"sizes={tuple(sizes)}: name at least an input and an output size")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     modules: list[nn.Module] = []
     for a_in, a_out in pairwise(sizes):
-        linear = nn.Linear(a_in, a_out, bias=bias, dtype=dtype)
+        linear = nn.Linear(a_in, a_out, bias=bias, dtype=dtype, device="cpu")
         nn.init.orthogonal_(linear.weight, gain, generator=generator)
         if bias:
             nn.init.normal_(linear.bias, std=0.1, generator=generator)
         modules += [linear, activation()]
-    return nn.Sequential(*modules[:-1])
+    return nn.Sequential(*modules[:-1]).to(torch.get_default_device())  # drawn on the CPU: the same on every device

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hinv.draws import normal
 from hinv.errors import NotFiniteError
 from hinv.shapes import Float
 
@@ -131,7 +132,7 @@ def root(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[
     top = a.argmax(1, keepdim=True)
     v = a.scatter_add(1, top, torch.ones_like(a[:, :1]))
     v = v / v.norm(dim=1, keepdim=True)
-    reflection = torch.eye(v.shape[1]).to(v) - 2.0 * v.unsqueeze(2) * v.unsqueeze(1)
+    reflection = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - 2.0 * v.unsqueeze(2) * v.unsqueeze(1)
     others = torch.arange(v.shape[1] - 1, device=v.device)
     others = others + (others >= top)  # (B, C - 1)
     return scale.unsqueeze(2) * reflection.gather(2, others.unsqueeze(1).expand(-1, v.shape[1], -1))
@@ -209,8 +210,7 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
             "the loss's gradient or second derivative is NaN or infinite at these outputs (a square root of zero?)"
         )
     number = torch.arange(len(outputs), device=outputs.device)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
+    direction = normal(outputs.shape, outputs)
     for k in range((len(outputs) - 1).bit_length()):
         moved = (number >> k & 1).bool()
         masked = direction * moved.reshape(-1, *[1] * (outputs.ndim - 1))

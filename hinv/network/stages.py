@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils import parameters_to_vector
 
+from hinv.draws import normal, seeded
 from hinv.shapes import Float
 
 # An activation applied entry by entry, or a change of shape: with flattened samples its Jacobian is diagonal.
@@ -30,7 +31,7 @@ ELEMENTWISE = (
 )
 
 
-NOT_YET = torch.empty(0)  # b and slope of a stage before the walk backwards
+NOT_YET = torch.empty(0, device="cpu")  # b and slope of a stage before the walk backwards
 
 
 @dataclass(repr=False)
@@ -134,7 +135,7 @@ def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
     """s_o = sum_i W_oi z_i + bias_o:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
     W, z, b = stage.weight, stage.inputs, stage.b
     (batch, a_in), a_out = z.shape, W.shape[0]
-    eye_out, eye_in = torch.eye(a_out).to(W), torch.eye(a_in).to(W)
+    eye_out, eye_in = (torch.eye(n, dtype=W.dtype, device=W.device) for n in (a_out, a_in))
     J = torch.einsum("op,ni->nopi", eye_out, z).reshape(batch, a_out, a_out * a_in)
     if stage.has_bias:
         J = torch.cat([J, eye_out.expand(batch, a_out, a_out)], dim=2)
@@ -202,13 +203,13 @@ def _check_against_autograd(stage: Stage, D: Derivatives) -> None:
     Raises:
         RuntimeError: naming the stage.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     z = stage.inputs.detach().requires_grad_()
     leaves = [*stage.parameters.values(), z]
     with torch.enable_grad():
         phi = (stage.module(z.clone()) * stage.b).sum()
         first = torch.autograd.grad(phi, leaves, create_graph=True, materialize_grads=True)
-    moves = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in leaves]
+    moves = [normal(t.shape, t, generator) for t in leaves]
     if D.A is None:
         moves[-1].zero_()
     live = [(g, v) for g, v in zip(first, moves, strict=True) if g.requires_grad]

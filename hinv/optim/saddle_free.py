@@ -73,7 +73,7 @@ class SaddleFreeNewton(Preconditioned):
                 values, vectors = eigsh(H.to_scipy(), self.pairs, which="LM", tol=0.1, v0=v0)
             except ArpackError as error:
                 raise SingularShiftError(str(error)) from error
-            values, self._vectors = (torch.as_tensor(a).to(g) for a in (values, vectors))
+            values, self._vectors = (torch.from_numpy(a).to(g) for a in (values, vectors))
             rest = g - self._vectors @ (self._vectors.T @ g)
             self._rest = abs((rest @ (H @ rest)).item()) / max((rest @ rest).item(), torch.finfo(g.dtype).tiny)
         self._values = values.abs()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv.curvature import Curvature, Hessian
+from hinv.draws import normal
 from hinv.errors import SingularShiftError
 from hinv.network import losses
 from hinv.shapes import Float
@@ -180,14 +181,14 @@ def _lowest_pair(H: Curvature, guess: Float[Tensor, " P"] | None) -> tuple[Float
     if H.shape[0] < 3:
         return None, -math.inf
     if guess is None:
-        guess = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        guess = normal(H.shape[0], H.gradient)
     from scipy.sparse.linalg import ArpackError, eigsh
 
     try:
         _, vectors = eigsh(H.to_scipy(), 1, which="SA", tol=0.01, v0=guess.cpu().double().numpy())
     except ArpackError:  # no convergence, or H is zero
         return None, -math.inf
-    z = torch.as_tensor(vectors[:, 0]).to(H.gradient)
+    z = torch.from_numpy(vectors[:, 0].copy()).to(H.gradient)
     z = z / z.norm()
     return z, -(z @ (H @ z)).item()
 
@@ -197,8 +198,7 @@ def _inverse_iteration(
 ) -> tuple[Float[Tensor, " P"], float]:
     """An approximate eigenvector of the lowest eigenvalue of H, and its Rayleigh quotient, by the factorization of H + lambda I."""
     if z is None:
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(len(s), generator=generator, dtype=s.dtype).to(s.device)
+        z = normal(len(s), s)
     for _ in range(2):
         z = F.solve(z)
         z = z / z.norm()

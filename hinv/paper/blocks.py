@@ -191,7 +191,7 @@ class BlockMatrix:
 
     def pattern(self) -> Bool[Tensor, "rows cols"]:
         """(block rows, block columns) of bool: which blocks are stored."""
-        out = torch.zeros(len(self.row_sizes), len(self.col_sizes), dtype=torch.bool)
+        out = torch.zeros(len(self.row_sizes), len(self.col_sizes), dtype=torch.bool, device="cpu")
         for key in self.blocks:
             out[key] = True
         return out
@@ -301,9 +301,9 @@ class _Coupling:
 
 def _positions(sizes: Sequence[int], group: range, used: Sequence[int]) -> Int[Tensor, " n"]:
     """Entry numbers, counted from the group's first entry, of the used blocks."""
-    out, start = [torch.zeros(0, dtype=torch.long)], 0
+    out, start = [torch.zeros(0, dtype=torch.long, device="cpu")], 0
     for i in group:
         if i in used:
-            out.append(torch.arange(start, start + sizes[i]))
+            out.append(torch.arange(start, start + sizes[i], device="cpu"))
         start += sizes[i]
     return torch.cat(out)

@@ -34,7 +34,10 @@ class Literal:
 
     def _kron_b(self, sizes: list[int]) -> BlockMatrix:
         return BlockMatrix.diagonal(
-            [torch.kron(torch.eye(m).to(b), b[None]) for m, b in zip(sizes, self.b, strict=True)]
+            [
+                torch.kron(torch.eye(m, dtype=b.dtype, device=b.device), b[None])
+                for m, b in zip(sizes, self.b, strict=True)
+            ]
         )
 
     @cached_property
@@ -67,7 +70,7 @@ class Literal:
                     (first,) = torch.autograd.grad(entry, leaves[inner], create_graph=True, materialize_grads=True)
                     second = None
                     if first.requires_grad:
-                        eye = torch.eye(len(first)).to(first)
+                        eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
                         (second,) = torch.autograd.grad(first, leaves[outer], eye, **options)
                     rows.append(first.new_zeros(len(first), len(leaves[outer])) if second is None else second)
             blocks.append(torch.stack(rows, dim=1).flatten(0, 1))  # (inner, n, outer): n is the fast row index

@@ -78,7 +78,9 @@ class Matrices(Literal):
     def P(self) -> BlockMatrix:
         """(eq:P): the block down-shift (z_1 .. z_L) -> (z_0 .. z_{L-1}); its first block row is zero."""
         inputs = [self.n0, *self.n[:-1]]
-        return self._sub_diagonal(inputs, self.n, [torch.eye(n).to(self._like) for n in inputs])
+        return self._sub_diagonal(
+            inputs, self.n, [torch.eye(n, dtype=self._like.dtype, device=self._like.device) for n in inputs]
+        )
 
     @cached_property
     def D_x(self) -> BlockMatrix:

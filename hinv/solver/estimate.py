@@ -44,7 +44,7 @@ class Estimate:
 @functools.cache
 def _rate() -> float:
     """Flops per second of the float64 matrix product on this machine's CPU, at the size of a middling stage."""
-    A = torch.randn(512, 512, dtype=torch.float64)
+    A = torch.randn(512, 512, dtype=torch.float64, device="cpu")
     times = []
     for _ in range(4):
         start = time.perf_counter()

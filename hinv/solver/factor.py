@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hinv.draws import normal
 from hinv.errors import AccuracyWarning, SingularShiftError
 from hinv.html import table
 from hinv.shapes import Float
@@ -63,7 +64,8 @@ class Factor:
             self.pivots.append(pivot)
             definite = definite and pivot.negative == 0
         self.sizes = [part.p for _, part in stages]
-        self.dtype, self.device = stages[0][0].inputs.dtype, stages[0][0].inputs.device
+        self.like = stages[0][0].inputs[:0]
+        self.dtype, self.device = self.like.dtype, self.like.device
 
     def __repr__(self) -> str:
         P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
@@ -89,7 +91,7 @@ class Factor:
         if not any(pivot.negative for pivot in self.pivots):  # a definite matrix only shrinks V: Cholesky is stable
             return 0.0
         P = sum(self.sizes)
-        b = torch.randn(P, generator=torch.Generator().manual_seed(0), dtype=self.dtype).to(self.device)
+        b = normal(P, self.like)
         x = self.solve(b)
         return (torch.linalg.vector_norm(self.product(x) + self.damping * x - b) / b.norm()).item() * P**0.5
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from hinv.draws import normal, seeded
 from hinv.errors import NotFiniteError
 from hinv.modes import exact
 from hinv.network import Chain, losses
@@ -181,10 +182,8 @@ class Products:
         Raises:
             ValueError: autograd's second derivative is missing, NaN or not symmetric.
         """
-        generator = torch.Generator().manual_seed(0)
-        u, v = (
-            torch.randn(len(self.gradient), generator=generator, dtype=self.dtype).to(self.device) for _ in range(2)
-        )
+        generator = seeded(0)
+        u, v = (normal(len(self.gradient), self.gradient, generator) for _ in range(2))
         suspects = [str(stage) for stage in self.chain.stages if stage.kind == "general"] or ["the loss"]
         try:
             Hu, Hv = self.multiply(u), self.multiply(v)

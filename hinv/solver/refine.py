@@ -59,10 +59,10 @@ def preconditioned_gmres(
     columns = b.reshape(len(b), -1)
 
     def shifted(v: np.ndarray) -> np.ndarray:
-        return H.multiply(torch.as_tensor(v).to(b)).cpu().numpy() + damping * v
+        return H.multiply(torch.from_numpy(v).to(b)).cpu().numpy() + damping * v
 
     def precondition(v: np.ndarray) -> np.ndarray:
-        return apply(torch.as_tensor(v).to(b)).cpu().numpy()
+        return apply(torch.from_numpy(v).to(b)).cpu().numpy()
 
     dtype = columns.cpu().numpy().dtype
     A = operator(H.shape, dtype, matvec=shifted)
@@ -70,4 +70,4 @@ def preconditioned_gmres(
     solved = [
         gmres(A, column.cpu().numpy(), M=M, rtol=0.1 * rtol, restart=KRYLOV, maxiter=1)[0] for column in columns.T
     ]
-    return torch.stack([torch.as_tensor(x).to(b) for x in solved], dim=1).reshape(b.shape)
+    return torch.stack([torch.from_numpy(x).to(b) for x in solved], dim=1).reshape(b.shape)

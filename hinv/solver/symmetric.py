@@ -2,8 +2,8 @@
 
     S = C D C^T,    so that    N^T S^-1 N = X^T Y,  X = C^-1 N,  Y = D^-1 X
 
-Cholesky (D = I) where S is positive definite; otherwise LDL^T with Bunch-Kaufman pivoting, D of 1 x 1 and 2 x 2 blocks; eigenvalues for
-stacks of small matrices and on devices without LAPACK. Inertia and determinant are those of D (Sylvester's law of inertia).
+Cholesky (D = I) where S is positive definite; otherwise LDL^T with Bunch-Kaufman pivoting, D of 1 x 1 and 2 x 2 blocks, on a GPU without pivoting where
+that costs no more than three digits; eigenvalues for stacks of small matrices. Inertia and determinant are those of D (Sylvester's law of inertia).
 
 Measured on two cores in float64, microseconds for n = 64: sytrf 22, its unpacking into L, D and the row order 25, a triangular solve with 64
 columns 13, a product 8, a Cholesky that fails 6, eigh 210; torch.linalg.ldl_solve alone 58. S^-1 (sytri, 17) or C^-1 formed once would save a
@@ -12,6 +12,7 @@ ldl_factor 3 / 74, a triangular solve 1.4 / 50, a ninth of ldl_solve; there fres
 """
 
 import itertools
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hinv.shapes import Array, Float, Int
 
 lapack: Any = _lapack  # its types leave out sytrf's companions
 
+GROWTH = 1e3  # of the entries, up to which an elimination without pivoting is taken: three digits
 SMALL = 96  # rows up to which NumPy is faster than torch
 STRIPES = 6  # block rows of a symmetric product: 7/12 of the flops of a full one
 WIDE = 512  # rows from which that pays
@@ -42,23 +44,22 @@ def factored(S: Float[Tensor, "... n n"], try_cholesky: bool = True) -> "Symmetr
     Raises:
         SingularPivotError: a pivot within rounding of zero, or S not finite.
     """
-    lapack_serves = S.ndim == 2 and S.device.type == "cpu"
-    if try_cholesky or not lapack_serves or not S.numel():
+    if try_cholesky or S.ndim > 2 or not S.numel():
         L, info = torch.linalg.cholesky_ex(S)
         if not info.any() and L.diagonal(dim1=-2, dim2=-1).isfinite().all():
             return Cholesky(L)
         del L
-    return LDL(S) if lapack_serves else Eigen(S)
+    if S.ndim > 2:
+        return Eigen(S)
+    return (Unpivoted.of(S) if S.device.type == "cuda" else None) or LDL(S)
 
 
 class Symmetric:
-    """S = C D C^T. Subclasses give half, over_D and back; in the whole stack, the number of negative eigenvalues and log |det S|."""
+    """S = C D C^T. Subclasses give half and back; in the whole stack, the number of negative eigenvalues and log |det S|."""
 
     negative: int
-
-    @property
-    def log_abs_det(self) -> float:
-        raise NotImplementedError
+    log_abs_det: float
+    inverse: Any  # the diagonal of D^-1 as a column, a tensor or an array
 
     def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
         """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
@@ -84,7 +85,7 @@ class Symmetric:
         self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
     ) -> Float[Array, "*stack n k"]:
         """D^-1 Z."""
-        raise NotImplementedError
+        return torch.mul(Z, self.inverse, out=out)
 
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         """C^-T Z, so that back(over_D(half(X))) = S^-1 X."""
@@ -108,7 +109,7 @@ class Cholesky(Symmetric):
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
 
-    @property
+    @cached_property
     def log_abs_det(self) -> float:
         return 2.0 * self.L.diagonal(dim1=-2, dim2=-1).log().sum().item()
 
@@ -121,48 +122,65 @@ class Eigen(Symmetric):
         smallest, largest = torch.aminmax(values.abs())
         if smallest <= 4 * S.shape[-1] * torch.finfo(S.dtype).eps * largest:
             raise SingularPivotError(ZERO)
-        self.negative, self._log = int((values < 0).sum()), values.abs().log().sum().item()
+        self.negative, self.log_abs_det = int((values < 0).sum()), values.abs().log().sum().item()
         self.inverse = values.reciprocal().unsqueeze(-1)
-
-    @property
-    def log_abs_det(self) -> float:
-        return self._log
 
     def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         return self.L.mT @ X
-
-    def over_D(
-        self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
-    ) -> Float[Array, "*stack n k"]:
-        return torch.mul(Z, self.inverse, out=out)
 
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return self.L @ Z
 
 
-class LDL(Symmetric):
-    """P S P^T = L D L^T with torch's LAPACK, which shares a thread pool with the products around it."""
+class Unpivoted(Symmetric):
+    """S = L D L^T without pivoting, the fastest on a GPU: from LU, as U = D L^T. Only where it has not grown."""
 
-    def __init__(self, S: Float[Tensor, "... n n"]):
-        packed, pivots, _ = torch.linalg.ldl_factor_ex(S)
+    def __init__(self, L: Float[Tensor, "n n"], d: Float[Tensor, " n"], negative: int, log: float):
+        self.L, self.inverse, self.negative, self.log_abs_det = L, d.reciprocal().unsqueeze(-1), negative, log
+
+    @classmethod
+    def of(cls, S: Float[Tensor, "n n"]) -> "Unpivoted | None":
+        """None where too many digits went: by |L| |D| |L^T| 1 against |S| 1, whose ratio bounds what rounding errors are multiplied with."""
+        L, d = _unpivoted(S)
+        size = L.abs() @ (d.abs() * L.abs().sum(0))
+        growth = size.amax() / S.abs().sum(1).amax()
+        smallest, largest = torch.aminmax(d.abs())
+        values = torch.stack([growth, smallest, largest, (d < 0).sum(), d.abs().log().sum()]).tolist()  # one transfer
+        growth, smallest, largest, negative, log = values
+        if not (growth < GROWTH and smallest > 4 * len(d) * torch.finfo(d.dtype).eps * largest):
+            return None
+        return cls(L, d, int(negative), log)
+
+    def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
+        return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=True)
+
+    def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
+        return torch.linalg.solve_triangular(self.L.mT, Z, upper=True, unitriangular=True)
+
+
+def _unpivoted(S: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+    """L (unit lower triangular) and d with S = L diag(d) L^T; NaN or infinite where a pivot is zero."""
+    packed = torch.linalg.lu_factor_ex(S, pivot=False)[0]
+    d = packed.diagonal().clone()
+    L = packed.tril_(-1)
+    L.diagonal().fill_(1.0)
+    return L, d
+
+
+class LDL(Symmetric):
+    """P S P^T = L D L^T with torch's LAPACK, which shares a thread pool with the products around it; of a GPU's matrix too, by way of the host."""
+
+    def __init__(self, S: Float[Tensor, "n n"]):
+        packed, pivots, _ = torch.linalg.ldl_factor_ex(S.cpu())
         L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
-        self.negative, self._log = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
-        self.L, self.order, self.inverse = (
-            torch.from_numpy(L),
-            torch.from_numpy(order),
-            torch.from_numpy(inverse[:, None]),
-        )
+        self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
+        self.L, self.order, self.inverse = (torch.from_numpy(a).to(S.device) for a in (L, order, inverse[:, None]))
         self.rows = None
         if beside is not None:  # row r of D^-1 Z also has beside[r] times its partner
             first = beside.nonzero()[0]
-            self.rows, self.partners = (
-                torch.from_numpy(np.concatenate(p)) for p in ((first, first + 1), (first + 1, first))
-            )
-            self.beside = torch.from_numpy(np.tile(beside[first], 2)[:, None])
-
-    @property
-    def log_abs_det(self) -> float:
-        return self._log
+            pairs = ((first, first + 1), (first + 1, first))
+            self.rows, self.partners = (torch.from_numpy(np.concatenate(p)).to(S.device) for p in pairs)
+            self.beside = torch.from_numpy(np.tile(beside[first], 2)[:, None]).to(S.device)
 
     def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         X = X.index_select(0, self.order)  # a copy, solved in place: fresh memory costs a tenth of the solve
@@ -171,7 +189,7 @@ class LDL(Symmetric):
     def over_D(
         self, Z: Float[Array, "*stack n k"], out: Float[Array, "*stack n k"] | None = None
     ) -> Float[Array, "*stack n k"]:
-        out = torch.mul(Z, self.inverse, out=out)
+        out = super().over_D(Z, out)
         if self.rows is not None:
             out.index_add_(0, self.rows, Z.index_select(0, self.partners).mul_(self.beside))
         return out
@@ -200,7 +218,7 @@ class Small(Symmetric):
         self.L, self.unit, self.negative = torch.from_numpy(L), True, int(np.count_nonzero(self.d < 0))
         self.inverse, self.beside = inverse[:, None], None if beside is None else beside[:-1, None]
 
-    @property
+    @cached_property
     def log_abs_det(self) -> float:
         return float(np.log(np.abs(self.d)).sum())
 

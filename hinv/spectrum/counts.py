@@ -20,7 +20,7 @@ def count_below(H: Matrix, shift: float) -> int:
 
 
 def counts(H: Matrix, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tensor, " bins"]:
-    edges = torch.as_tensor(edges, dtype=torch.float64).tolist()
+    edges = torch.as_tensor(edges, dtype=torch.float64, device="cpu").tolist()
     if len(edges) < 2 or not all(a < b for a, b in itertools.pairwise(edges)):
         raise ValueError(
             f"edges must be at least two increasing numbers, not {edges[:4]}{'...' if len(edges) > 4 else ''}"
@@ -32,7 +32,7 @@ def counts(H: Matrix, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tenso
     except KeyboardInterrupt as stop:
         stop.add_note(f"{len(below)} of {len(edges)} edges are counted and kept: the same call goes on from there")
         raise
-    return torch.tensor(below).diff()
+    return torch.tensor(below, device="cpu").diff()
 
 
 def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:

@@ -102,9 +102,11 @@ class DataHessian:
                 bar.update()
                 return (self @ torch.as_tensor(v.reshape(-1), dtype=first.dtype, device=first.device)).cpu().numpy()
 
-            products = operator(self.shape, torch.empty(0, dtype=first.dtype).numpy().dtype, matvec=matvec)
+            products = operator(
+                self.shape, torch.empty(0, dtype=first.dtype, device="cpu").numpy().dtype, matvec=matvec
+            )
             values, vectors = eigsh(products, k, which=which, v0=np.random.default_rng(0).standard_normal(P))
-        values, vectors = torch.as_tensor(values.copy()), torch.as_tensor(vectors.copy())
+        values, vectors = torch.from_numpy(values.copy()), torch.from_numpy(vectors.copy())
         residuals = torch.linalg.vector_norm((self @ vectors.to(first)).cpu() - vectors * values, dim=0)
         return Eigenpairs(
             values, vectors, residuals, False, "by ARPACK on products; a data set has no factorization to certify it"

@@ -57,7 +57,7 @@ def find(H: Matrix, k: int, which: str = "LA", sigma: float | None = None) -> Ei
             f"k must be from 1 to {P - 1} (P - 1), not {k}; for all eigenvalues use torch.linalg.eigvalsh(H.dense())"
         )
     region = _Region(H, which, sigma)
-    values, vectors = torch.zeros(0, dtype=torch.float64), torch.zeros(P, 0, dtype=torch.float64)
+    values, vectors = H.gradient.new_zeros(0), H.gradient.new_zeros(P, 0)
     residuals, certified, note, missing = values, False, "", k
     for _ in range(ROUNDS):
         new = region.search(min(missing, k, P - len(values)), vectors)
@@ -111,23 +111,25 @@ class _Region:
         x = self.inverse.solve(v)
         return x + self.inverse.solve(v - (self.H @ x - self.sigma * x))
 
+    def here(self, array: Float[np.ndarray, "..."]) -> Float[Tensor, "..."]:
+        """An array of SciPy's on the device of the matrix."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.H.device)
+
     def search(self, k: int, known: Float[Tensor, "P n"]) -> Float[Tensor, "P m"]:
         """Up to k vectors (P, k) orthogonal to the known ones."""
         from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, eigsh
 
-        known, P = known.numpy(), len(known)
+        known, P = known.cpu().numpy(), len(known)
         apply: Callable[[Tensor], Tensor] = (lambda v: self.H @ v) if self.inverse is None else self.solve
         # where the known ones go: out of the way of what is wanted
         far = 0.0
         if self.inverse is None and known.shape[1]:
-            far = (
-                {"LA": -1.0, "SA": 1.0, "LM": 0.0}[self.which] * 10.0 * (self.H @ torch.from_numpy(known)).norm().item()
-            )
+            far = {"LA": -1.0, "SA": 1.0, "LM": 0.0}[self.which] * 10.0 * (self.H @ self.here(known)).norm().item()
 
         def matvec(v: Float[np.ndarray, "..."]) -> Float[np.ndarray, " P"]:
             v = v.reshape(-1)
             inside = known.T @ v
-            image = apply(torch.from_numpy(v - known @ inside)).numpy()
+            image = apply(self.here(v - known @ inside)).cpu().numpy()
             return image - known @ (known.T @ image) + known @ (far * inside)
 
         deflated = operator((P, P), np.float64, matvec=matvec)
@@ -137,7 +139,7 @@ class _Region:
         room = P - known.shape[1]
         if k >= room:  # all that is left
             vectors = np.linalg.svd(known, full_matrices=True)[0][:, known.shape[1] :]
-            return torch.from_numpy(np.ascontiguousarray(vectors))
+            return self.here(vectors)
         which, ncv = self.which if self.inverse is None else "LM", max(2 * k + 1, 40)
         for width in (ncv, 3 * ncv, 9 * ncv):
             try:
@@ -154,7 +156,7 @@ class _Region:
                     vectors = np.linalg.qr(generator.standard_normal((P, k)))[0]
                     break
                 # "no shifts could be applied", in a cluster: more room helps
-        return torch.from_numpy(np.ascontiguousarray(vectors - known @ (known.T @ vectors)))
+        return self.here(vectors - known @ (known.T @ vectors))
 
     def missing(self, values: Float[Tensor, " k"], residuals: Float[Tensor, " k"]) -> tuple[int, str]:
         """How many of the wanted eigenvalues are not among these k, and the counts that say so.

@@ -1,29 +1,50 @@
-"""python -m hinv.companion.bench: every figure once, results/bench.json."""
+"""python -m hinv.companion.bench: every figure once, results/bench.json; with --device cuda those of a GPU, results/gpu.json."""
 
+import argparse
+import functools
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hinv.companion.checks import commit, output, write_atomically
 
+from . import device as gpu
 from . import figures as f
 
 
-def main() -> int:
-    print(f"{torch.get_num_threads()} threads; each figure once", flush=True)
-    share, classes = None, None
+def measure(steps: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    start = time.perf_counter()
+    for name, step in steps.items():
+        figures[name] = step()
+        print(f"{name} ({time.perf_counter() - start:.0f} s): {json.dumps(figures[name])}", flush=True)
+    return figures
+
+
+def write(name: str, record: dict[str, Any], figures: dict[str, Any]) -> None:
+    record = {"commit": commit(), "torch": torch.__version__} | record | {"figures": figures}
+    write_atomically(output("results") / name, json.dumps(record, indent=1) + "\n")
+
+
+def on_the_cpu() -> None:
+    print(f"{torch.get_num_threads()} threads; each figure once", flush=True)
+    both: list[Any] = []
+
+    def share() -> Any:
+        both.extend(f.flop_rate_and_classes())
+        return both[0]
+
     steps: dict[str, Callable[[], Any]] = {
         "1 against the paper's algorithm": f.against_the_papers_algorithm,
         "2 depth": f.depth,
-        "3 flop rate": lambda: share,
+        "3 flop rate": share,
         "4 right-hand sides": f.right_hand_sides,
-        "5 a thousand classes": lambda: classes,
+        "5 a thousand classes": lambda: both[1],
         "6 residual": f.accuracy,
         "7 against SuperLU on K": f.against_sparse,
         "8 against dense": f.against_dense,
@@ -31,19 +52,28 @@ def main() -> int:
         "dual": f.dual,
         "10 import": f.imports,
     }
-    start = time.perf_counter()
-    for name, step in steps.items():
-        if name == "3 flop rate":
-            share, classes = f.flop_rate_and_classes()
-        figures[name] = step()
-        print(f"{name} ({time.perf_counter() - start:.0f} s): {json.dumps(figures[name])}", flush=True)
-    record = {
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-    }
-    write_atomically(output("results") / "bench.json", json.dumps(record | {"figures": figures}, indent=1) + "\n")
+    machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
+    write("bench.json", machine, measure(steps))
+
+
+def on_a_gpu(device: torch.device) -> None:
+    properties = torch.cuda.get_device_properties(device)
+    machine = {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+    print(machine, flush=True)
+    steps = {name: functools.partial(step, device) for name, step in gpu.STEPS.items()}
+    write("gpu.json", machine, measure(steps))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m hinv.companion.bench", description=__doc__)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    device = parser.parse_args().device
+    if device.type == "cpu":
+        on_the_cpu()
+    elif device.type == "cuda" and torch.cuda.is_available():
+        on_a_gpu(device)
+    else:
+        parser.error(f"there is no {device} here")
     return 0
 
 

@@ -31,16 +31,23 @@ SIX = {
 
 
 def network(
-    sizes: tuple[int, ...], batch: int, kind: type[Curvature] = Hessian, gain: float = 1.0, bias: bool = False
+    sizes: tuple[int, ...],
+    batch: int,
+    kind: type[Curvature] = Hessian,
+    gain: float = 1.0,
+    bias: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Curvature:
     """A tanh network with orthogonal weights under cross-entropy, on seeded normal inputs."""
     x = torch.randn(batch, sizes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return kind(tall_skinny(sizes, bias=bias, gain=gain), nn.CrossEntropyLoss(), x, torch.arange(batch) % sizes[-1])
+    model, y = tall_skinny(sizes, bias=bias, gain=gain), torch.arange(batch) % sizes[-1]
+    return kind(model.to(device), nn.CrossEntropyLoss(), x.to(device), y.to(device))
 
 
-def digits_network(sizes: tuple[int, ...], batch: int) -> Hessian:
+def digits_network(sizes: tuple[int, ...], batch: int, device: torch.device | str = "cpu") -> Hessian:
     images = load("digits", n=batch, normalize=True, dtype=torch.float64)
-    return Hessian(tall_skinny(sizes, bias=False, gain=0.9), nn.CrossEntropyLoss(), images.x.flatten(1), images.y)
+    model = tall_skinny(sizes, bias=False, gain=0.9).to(device)
+    return Hessian(model, nn.CrossEntropyLoss(), images.x.flatten(1).to(device), images.y.to(device))
 
 
 def seconds(function: Callable[[], object], repeats: int = 3) -> float:

@@ -56,8 +56,8 @@ class Head(Linear):
         ee = (e.unsqueeze(1) * e).reshape(batch**2, classes)
         P = (ee @ QQ.reshape(classes, a * a)).reshape(batch, batch, a, a).transpose(1, 2).reshape(batch * a, batch * a)
         QR_c, RR_c, M_c = QR.permute(2, 1, 0).contiguous(), RR.permute(2, 1, 0).contiguous(), self.M.mT.contiguous()
-        half = torch.empty(batch * a, batch, a).to(P)
-        for n in torch.arange(batch).split(max(1, CHUNK // self.M.numel())):
+        half = P.new_empty(batch * a, batch, a)
+        for n in torch.arange(batch, device="cpu").split(max(1, CHUNK // self.M.numel())):
             n = slice(int(n[0]), int(n[-1]) + 1)
             left = (M_c * (0.5 * RR_c[n].unsqueeze(2))).addcmul_(e.unsqueeze(1), QR_c[n].unsqueeze(1))  # (n, B, a, C)
             half[:, n] = (left.view(-1, batch * a, classes) @ self.M[n]).transpose(0, 1)

@@ -138,7 +138,7 @@ class Linear(Part):
 
     def beyond(self) -> Float[Array, "a_in a_in"]:
         """I - Q Q^T on the weights of one unit."""
-        return torch.eye(self.fan_in).to(self.Q) - self.Q_in @ self.Q_in.T
+        return torch.eye(self.fan_in, dtype=self.Q.dtype, device=self.Q.device) - self.Q_in @ self.Q_in.T
 
     def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
