@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, NAMES, ElementaryLayerNorm, build, reference_hessian, relative
@@ -255,7 +256,7 @@ def test_right_hand_sides_are_checked(kind):
         with pytest.raises(TypeError, match=r"floating point tensor, not torch\.int64"):
             F.solve(torch.ones(P).long())
         with pytest.raises(TypeError, match="not ndarray"):
-            F.solve(torch.ones(P).numpy())
+            F.solve(np.ones(P))
         assert F.solve(torch.ones(P, 0).double()).shape == (P, 0)
 
 
@@ -347,8 +348,8 @@ def test_shift_on_an_eigenvalue_is_named():
         Hessian(model, nn.MSELoss(), one, one).factor(-2.0)
     H = Hessian(*build("tanh, cross-entropy"))
     value = torch.linalg.eigvalsh(H.dense())[-1].item()
-    with pytest.raises(SingularShiftError, match="at stage"):
-        H.factor(-value)
+    with pytest.raises(SingularShiftError, match="at stage|not certain"):  # rounding says where
+        _ = H.factor(-value).inertia
     with pytest.raises(SingularShiftError):
         Hessian(model, nn.MSELoss(), one, one).solve(one[0], damping=-2.0)
     with pytest.raises(SingularShiftError, match="at stage"):
@@ -433,7 +434,7 @@ def test_memory_is_refused_before_allocating(monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
         MemoryError,
-        match=r"method 'factor' on 6,\d+ parameters and a batch of 32 needs about [\d,]+ bytes; 1,000,000 are free on cpu. Reduce",
+        match=r"method 'factor' on 6,\d+ parameters and a batch of 32 needs about [\d,]+ bytes; 1,000,000 are free on (cpu|cuda:0). Reduce",
     ):
         H.factor(0.1)
     with pytest.raises(MemoryError):

@@ -226,7 +226,7 @@ def test_float32_follows_the_model():
         (lambda H: H.gradient[:-1], ValueError, r"right-hand side has shape \(88,\); expected \(89,\) or \(89, k\)"),
         (lambda H: H.gradient[None], ValueError, "right-hand side has shape"),
         (lambda H: H.gradient.float(), TypeError, "right-hand side is torch.float32"),
-        (lambda H: H.gradient.numpy(), TypeError, "must be a torch tensor, not ndarray"),
+        (lambda H: H.gradient.cpu().numpy(), TypeError, "must be a torch tensor, not ndarray"),
         (lambda H: H.gradient * float("nan"), ValueError, "right-hand side contains NaN"),
     ],
 )
@@ -252,7 +252,7 @@ def test_bad_options():
 
 def test_scipy_operator():
     H = Hessian(*build("tanh, cross-entropy"))
-    operator, D = H.to_scipy(), H.dense().numpy()
+    operator, D = H.to_scipy(), H.dense().cpu().numpy()
     v = np.random.default_rng(0).standard_normal((H.shape[0], 3))
     np.testing.assert_allclose(operator @ v, D @ v, atol=1e-12)
     np.testing.assert_allclose(operator.T @ v[:, 0], D @ v[:, 0], atol=1e-12)
