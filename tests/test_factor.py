@@ -348,7 +348,7 @@ def test_shift_on_an_eigenvalue_is_named():
         Hessian(model, nn.MSELoss(), one, one).factor(-2.0)
     H = Hessian(*build("tanh, cross-entropy"))
     value = torch.linalg.eigvalsh(H.dense())[-1].item()
-    with pytest.raises(SingularShiftError, match="at stage|not certain"):  # rounding says where
+    with pytest.raises(SingularShiftError, match=r"at stage|not certain"):  # rounding says where
         _ = H.factor(-value).inertia
     with pytest.raises(SingularShiftError):
         Hessian(model, nn.MSELoss(), one, one).solve(one[0], damping=-2.0)
