@@ -106,8 +106,8 @@ class DataHessian:
                 self.shape, torch.empty(0, dtype=first.dtype, device="cpu").numpy().dtype, matvec=matvec
             )
             values, vectors = eigsh(products, k, which=which, v0=np.random.default_rng(0).standard_normal(P))
-        values, vectors = torch.from_numpy(values.copy()), torch.from_numpy(vectors.copy())
-        residuals = torch.linalg.vector_norm((self @ vectors.to(first)).cpu() - vectors * values, dim=0)
+        values, vectors = (torch.from_numpy(a.copy()).to(first.device) for a in (values, vectors))
+        residuals = torch.linalg.vector_norm(self @ vectors.to(first) - vectors * values, dim=0)
         return Eigenpairs(
             values, vectors, residuals, False, "by ARPACK on products; a data set has no factorization to certify it"
         )
