@@ -145,6 +145,8 @@ def test_readme_shows_the_measured_figures():
     figures = json.loads((ROOT / "results" / "bench.json").read_text())["figures"]
     table = bench.table(figures)
     assert table in (ROOT / "README.md").read_text(), "replace the README's table by:\n" + table
+    gpu = bench.on_a_gpu(json.loads((ROOT / "results" / "gpu.json").read_text()))
+    assert gpu in (ROOT / "README.md").read_text(), "replace the README's paragraph by:\n" + gpu
     for name, figure in figures["7 against SuperLU on K"].items():
         assert figure["reached"] == (figure["ratio"] >= figure["target"]), name
 

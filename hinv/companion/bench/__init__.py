@@ -14,7 +14,7 @@ from .measure import (
     seconds,
     step_of_gauss_newton,
 )
-from .table import table
+from .table import on_a_gpu, table
 
 __all__ = [
     "deep",
@@ -22,6 +22,7 @@ __all__ = [
     "eliminated",
     "memory_of_a_step",
     "network",
+    "on_a_gpu",
     "peak_bytes",
     "seconds",
     "step_of_gauss_newton",

@@ -93,3 +93,27 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, *(f"| {what} | {asked} | {got} | {mark(f['reached'])} |" for what, asked, got, f in rows)]
     )
+
+
+def on_a_gpu(record: dict[str, Any]) -> str:
+    """results/gpu.json as the README tells it: what it is for, and what loses there."""
+    figures = record["figures"]
+    flag, rate, (thousand, ten) = (
+        figures["flagship"],
+        figures["matrix product"],
+        (figures["a thousand classes"][f"seconds_{c}"] for c in (1000, 10)),
+    )
+    at = {damping: flag[f"damping {damping}"] for damping in ("1", "0.1")}
+    slowest = max(row["factor"] for row in at.values())
+    share = min(row["flops_per_second"] for row in at.values()) / rate
+    residual = max(row["residual"] for row in at.values())
+    negative = " and ".join(f"{row['inertia'][1]:,} (damping {damping})" for damping, row in at.items())
+    small = ", ".join(f"{name}: {1 / row['ratio']:.1f} times slower" for name, row in figures["against dense"].items())
+    return (
+        f"On one {record['device']} (`make cuda`, `results/gpu.json`): the full-batch Hessian of {flag['images']:,} CIFAR-10 images (8 x 8, grey) on "
+        f"{flag['layers']} layers, {flag['parameters']:,} parameters, is factored in {slowest:.1f} s with {at['1']['peak_bytes'] / 1e9:.0f} GB: "
+        f"residual {residual:.0e} refined, {negative} negative eigenvalues, log-determinant. Wanted was half of the device's own rate of matrix products "
+        f"({rate / 1e12:.0f} Tflop/s); it is {share:.2f}, as the factorization passes ten times over a matrix of {(24 * flag['images']) ** 2 * 8 / 1e9:.1f} GB "
+        f"for every layer. The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks do not belong "
+        f"there: a stage is a few dozen launches, and the dense route is faster ({small})."
+    )
