@@ -12,10 +12,10 @@ from hinv.errors import AccuracyWarning
 from hinv.html import table
 from hinv.modes import exact
 from hinv.network import Chain, losses
-from hinv.network.stages import check as check_stage
 from hinv.shapes import Float, Int
 from hinv.solve import SolveReport, solve
 from hinv.solver.matrix import Matrix, checked_damping
+from hinv.solver.verify import verify
 
 
 class Curvature(Matrix):
@@ -28,10 +28,7 @@ class Curvature(Matrix):
     def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         super().__init__(Chain(model, loss, inputs, targets, check), self.gauss_newton)
         if check:
-            for stage in self.chain.live:
-                check_stage(stage)
-            self.check_symmetry()
-            self.check_gradient(model, loss)
+            verify(self, model, loss)
 
     def __repr__(self) -> str:
         what = f"{self.shape[0]} x {self.shape[1]}, {len(self.chain.stages)} stages, batch {len(self.chain.inputs)}, {self.dtype}"

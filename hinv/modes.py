@@ -4,18 +4,34 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+from torch.backends import cuda
+
+# kernels of attention whose derivative cannot be differentiated: (is it on, switch it), torch.nn.attention.sdpa_kernel in a tenth of its time
+FUSED = (
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
 
 
 @contextmanager
 def exact() -> Generator[None, None, None]:
-    """Gradients on (they are off under torch.no_grad), automatic casts to half precision and anomaly detection off, for as long as it lasts.
+    """Gradients on (they are off under torch.no_grad); automatic casts to half precision, anomaly detection, and attention that can be differentiated once
+    only off, for as long as it lasts.
 
     Also a decorator. Products under vmap, which many columns at once need, cannot run with anomaly detection.
     """
-    with (
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        torch.autograd.set_detect_anomaly(False),
-    ):
-        yield
+    fused = [switch for on, switch in FUSED if on()]
+    try:
+        for switch in fused:
+            switch(False)
+        with (
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.autograd.set_detect_anomaly(False),
+        ):
+            yield
+    finally:
+        for switch in fused:
+            switch(True)

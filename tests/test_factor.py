@@ -166,7 +166,10 @@ def test_random_architectures(sizes, batch, bias, activation, loss, damping, gai
     z = F.solve(b)
     for _ in range(2):
         z = z + F.solve(b - A @ z)
-    assert relative(A @ z, b) < 1e-10 or values.abs().min() < 1e-6
+    # as float64 allows: of an ill-conditioned matrix the residual of the exact solution, rounded, is eps |A| |z|
+    assert relative(A @ z, b) < max(
+        1e-10, 4 * torch.finfo(z.dtype).eps * (values.abs().max() * z.norm() / b.norm()).item()
+    )
 
 
 def test_loss_as_diagonal_minus_rank_one():

@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a module knows those before it (and its own room); both rooms of one line stand side by side
 FLOORS = [
-    {"errors", "shapes", "html", "modes", "draws"},
+    {"errors", "shapes", "html", "modes", "vectors"},
     {"network"},
     {"paper", "solver"},
     {"solve", "spectrum"},

@@ -9,8 +9,8 @@ from conftest import ElementaryLayerNorm, build, relative
 from torch import nn
 
 from hinv.network import losses
+from hinv.network.blocks import check_against_autograd, derivatives, fuse
 from hinv.network.chain import Chain
-from hinv.network.stages import _check_against_autograd, derivatives, fuse
 
 CASES = [
     "tanh, cross-entropy",
@@ -142,8 +142,8 @@ def test_derivatives_that_autograd_denies_are_refused():
         block = getattr(D, field)
         wrong = dataclasses.replace(D, **{field: block * 1.01 + 0.01 * (field == "E")})
         with pytest.raises(RuntimeError, match=r"stage '1' \(LayerNorm\): torch.func and autograd disagree"):
-            _check_against_autograd(stage, wrong)
-    _check_against_autograd(stage, D)
+            check_against_autograd(stage, wrong)
+    check_against_autograd(stage, D)
 
 
 @pytest.mark.parametrize("name", ["grad", "jacrev"])
@@ -157,7 +157,7 @@ def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
         function = honest(*args, **kwargs)
         return lambda *x: torch.utils._pytree.tree_map(lambda t: 1.01 * t, function(*x))
 
-    monkeypatch.setattr(f"hinv.network.stages.{name}", scaled)
+    monkeypatch.setattr(f"hinv.network.blocks.{name}", scaled)
     with pytest.raises(RuntimeError, match="disagree"):
         derivatives(stage)
 

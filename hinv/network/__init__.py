@@ -2,13 +2,16 @@
 
 `chain`   the pipeline and the loss on one batch, walked once: forward for z, backward for b
 `door`    what the structure cannot take, refused by name
-`stages`  one stage: its first derivatives, and its second ones contracted with b
+`stages`  one stage: its module, input, output and backward signal
+`blocks`  its first derivatives, and its second ones contracted with b
+`stagewise`  a product with the Hessian by them, no block formed
 `losses`  the loss as the last link: its value, gradient and Hessian in the outputs
 `build`   tall, skinny networks whose signal survives the depth
 """
 
+from .blocks import derivatives
 from .build import tall_skinny
 from .chain import Chain
-from .stages import Derivatives, Stage, derivatives
+from .stages import Derivatives, Stage
 
 __all__ = ["Chain", "Derivatives", "Stage", "derivatives", "tall_skinny"]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from hinv.draws import seeded
+from hinv.vectors import seeded
 
 
 def tall_skinny(

@@ -18,8 +18,8 @@ from hinv.errors import NotFiniteError
 from hinv.shapes import Float
 
 from . import losses
-from .door import check_independent, check_model, check_tensors, flatten
-from .stages import Stage
+from .door import check_independent, check_model, check_tensors, check_twice, flatten
+from .stages import Stage, differentiate
 
 
 class Chain:
@@ -51,6 +51,10 @@ class Chain:
         if check:
             losses.check_loss(loss, self.outputs, self.targets)
         self._backward()
+        if check:
+            for stage in self.live:
+                if stage.kind == "general":
+                    check_twice(stage)
 
     def __repr__(self) -> str:
         P = sum(p.numel() for p in self.parameters)
@@ -97,17 +101,19 @@ class Chain:
 
     def _backward(self) -> None:
         """b_L from the loss, then b_{l-1} = A_l^T b_l stage by stage (eq:backprop)."""
+        differentiate([stage for stage in self.live if stage.kind == "elementwise"])
         b = losses.gradient(self.loss, self.outputs, self.targets)
         first = len(self.stages) - len(self.live)
         for i in range(len(self.stages) - 1, -1, -1):
             stage = self.stages[i]
             stage.b = b
             if i > first:  # what comes before the first parameters is a constant
-                with torch.enable_grad():
-                    z = stage.inputs.detach().requires_grad_()
-                    out = stage.module(z.clone())
-                if stage.kind == "elementwise":  # A_l is diagonal: all columns at once
-                    (slope,) = torch.autograd.grad(out.sum(), z)
-                    b, stage.slope = b.reshape(z.shape) * slope, slope.flatten(1)
+                if stage.kind == "elementwise":
+                    b = (b.flatten(1) * stage.slope).view_as(stage.inputs)
+                elif stage.kind == "linear":
+                    b = b @ stage.weight
                 else:
+                    with torch.enable_grad():
+                        z = stage.inputs.detach().requires_grad_()
+                        out = stage.module(z.clone())
                     (b,) = torch.autograd.grad(out, z, b, materialize_grads=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hinv.draws import normal
 from hinv.errors import NotFiniteError
 from hinv.shapes import Float
+from hinv.vectors import normal, seeded
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -209,8 +209,15 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         raise ValueError(
             "the loss's gradient or second derivative is NaN or infinite at these outputs (a square root of zero?)"
         )
-    number = torch.arange(len(outputs), device=outputs.device)
-    direction = normal(outputs.shape, outputs)
+    number, generator = torch.arange(len(outputs), device=outputs.device), seeded(0)
+    direction, other = (normal(outputs.shape, outputs, generator) for _ in range(2))
+    moved, moved_other = product(direction), product(other)
+    size = (moved.norm() * other.norm() + moved_other.norm() * direction.norm()).item()
+    if not abs(((other * moved).sum() - (direction * moved_other).sum()).item()) <= 1e-3 * size:
+        raise ValueError(
+            f"the second derivative of the loss {loss} by autograd is not symmetric, so it is wrong (torch {torch.__version__}): write it with "
+            "elementary operations"
+        )
     for k in range((len(outputs) - 1).bit_length()):
         moved = (number >> k & 1).bool()
         masked = direction * moved.reshape(-1, *[1] * (outputs.ndim - 1))

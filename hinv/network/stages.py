@@ -11,32 +11,31 @@ The paper keeps grad_xx f and its kin as third-order objects and contracts them 
 with b is already done, which is all that the algorithms ever use. A stage without parameters has p = 0.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
-from torch.nn.utils import parameters_to_vector
+from torch.func import functional_call
 
-from hinv.draws import normal, seeded
 from hinv.shapes import Float
+from hinv.vectors import flat
 
 # An activation applied entry by entry, or a change of shape: with flattened samples its Jacobian is diagonal.
+RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # the identity on flattened samples
 ELEMENTWISE = (
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU, nn.ReLU, nn.LeakyReLU, nn.Softsign),
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout),
+    *RESHAPES,
 )
 
 
-NOT_YET = torch.empty(0, device="cpu")  # b and slope of a stage before the walk backwards
+NOT_YET = torch.empty(0, device="cpu")  # b, slope and second of a stage before the walk backwards
 
 
 @dataclass(repr=False)
 class Stage:
-    """One module of the pipeline with its input z_{l-1}, its output z_l, the backward signal b_l and, if elementwise, its slope (B, a)."""
+    """One module of the pipeline with its input z_{l-1}, its output z_l, the backward signal b_l and, if elementwise, its slope and second derivative (B, a)."""
 
     name: str
     module: nn.Module
@@ -45,6 +44,7 @@ class Stage:
     outputs: Tensor
     b: Tensor = NOT_YET
     slope: Float[Tensor, "..."] = NOT_YET
+    second: Float[Tensor, "..."] = NOT_YET
 
     @property
     def kind(self) -> str:
@@ -56,6 +56,11 @@ class Stage:
         ):
             return "linear"
         return "elementwise" if type(self.module) in ELEMENTWISE else "general"
+
+    @property
+    def bend(self) -> Float[Tensor, "B a"]:
+        """The diagonal of G of an elementwise stage: b sigma''(s)."""
+        return self.b.flatten(1) * self.second
 
     @property
     def weight(self) -> Float[Tensor, "a_out ..."]:
@@ -70,9 +75,7 @@ class Stage:
     @property
     def x(self) -> Float[Tensor, " p"]:
         """(p_l,) the parameters, detached."""
-        if not self.parameters:
-            return self.inputs.new_zeros(0)
-        return parameters_to_vector(self.parameters.values()).detach()
+        return flat(self.parameters.values(), self.inputs)
 
     def named(self, x: Float[Tensor, " p"]) -> dict[str, Tensor]:
         """A flat parameter vector (p_l,) taken apart under the parameters' names, for functional_call."""
@@ -104,160 +107,28 @@ class Derivatives:
     G: Float[Tensor, "B ..."] | None = None
 
 
-def derivatives(stage: Stage, wrt_input: bool = True) -> Derivatives:
-    """First and contracted second derivatives of a stage; those in its input only if `wrt_input`.
-
-    Linear and elementwise stages in closed form, anything else by torch.func at B (a_out + p + a_in) backward passes,
-    vectorized over samples.
-    """
-    return {"linear": _linear, "elementwise": _elementwise, "general": _general}[stage.kind](stage, wrt_input)
-
-
-def check(stage: Stage) -> None:
-    """Refuse a general stage that cannot be differentiated twice, by trying on its first two samples.
-
-    Raises:
-        ValueError: naming the stage, with torch's reason.
-    """
-    if stage.kind != "general":
-        return
-    few = dataclasses.replace(stage, inputs=stage.inputs[:2], outputs=stage.outputs[:2], b=stage.b[:2])
-    try:
-        _general(few, wrt_input=True)
-    except Exception as error:
-        raise ValueError(
-            f"{stage} cannot be differentiated twice, one sample at a time; write it with elementary operations "
-            f"(attention: under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). torch says: {error}"
-        ) from error
+def differentiate(stages: Sequence[Stage]) -> None:
+    """slope = sigma'(s) and second = sigma''(s), each (B, a), of elementwise stages: for all of one kind at once, by differentiating the sum of all entries
+    twice, as calls cost more than entries where layers are narrow."""
+    kinds: dict[str, list[Stage]] = {}
+    for stage in stages:
+        kinds.setdefault(repr(stage.module), []).append(stage)  # class and settings
+    for alike in kinds.values():
+        z = flat(stage.inputs for stage in alike)
+        if isinstance(alike[0].module, RESHAPES):
+            slope, second = torch.ones_like(z), torch.zeros_like(z)
+        else:
+            slope, second = _differentiated(alike[0].module, z)
+        sizes = [stage.inputs.numel() for stage in alike]
+        for stage, first, bend in zip(alike, slope.split(sizes), second.split(sizes), strict=True):
+            stage.slope, stage.second = (t.view(len(stage.inputs), -1) for t in (first, bend))
 
 
-def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
-    """s_o = sum_i W_oi z_i + bias_o:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
-    W, z, b = stage.weight, stage.inputs, stage.b
-    (batch, a_in), a_out = z.shape, W.shape[0]
-    eye_out, eye_in = (torch.eye(n, dtype=W.dtype, device=W.device) for n in (a_out, a_in))
-    J = torch.einsum("op,ni->nopi", eye_out, z).reshape(batch, a_out, a_out * a_in)
-    if stage.has_bias:
-        J = torch.cat([J, eye_out.expand(batch, a_out, a_out)], dim=2)
-    p = J.shape[2]
-    if not wrt_input:
-        return Derivatives(J, W.new_zeros(p, p))
-    F = W.new_zeros(batch, p, a_in)
-    F[:, : a_out * a_in] = torch.einsum("no,ij->noij", b, eye_in).reshape(batch, a_out * a_in, a_in)
-    return Derivatives(J, W.new_zeros(p, p), W.expand(batch, a_out, a_in), F, W.new_zeros(batch, a_in, a_in))
-
-
-def elementwise(stage: Stage) -> tuple[Float[Tensor, "B a"], Float[Tensor, "B a"]]:
-    """z = sigma(s) entry by entry: sigma'(s) and b sigma''(s), each (B, a), by differentiating the sum of all entries twice."""
-    z = stage.inputs.detach().requires_grad_()
+def _differentiated(module: nn.Module, z: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    z = z.requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(stage.module(z.clone()).sum(), z, create_graph=True)
-        bend = torch.zeros_like(z)
+        (slope,) = torch.autograd.grad(module(z.clone()).sum(), z, create_graph=True)
+        second = torch.zeros_like(z)
         if slope.requires_grad:
-            (bend,) = torch.autograd.grad(slope.sum(), z, materialize_grads=True)
-    return slope.detach().flatten(1), stage.b.flatten(1) * bend.flatten(1)
-
-
-def _elementwise(stage: Stage, wrt_input: bool) -> Derivatives:
-    slope, bend = elementwise(stage)
-    batch, a = slope.shape
-    J, E = slope.new_zeros(batch, a, 0), slope.new_zeros(0, 0)
-    if not wrt_input:
-        return Derivatives(J, E)
-    return Derivatives(J, E, A=slope, F=slope.new_zeros(batch, 0, a), G=bend)
-
-
-def _general(stage: Stage, wrt_input: bool) -> Derivatives:
-    f, x, z, b = stage.per_sample, stage.x, stage.inputs, stage.b.flatten(1)
-    batch, p, a_in = len(z), len(x), z[0].numel()
-
-    def phi(x: Tensor, z: Tensor, b: Tensor) -> Tensor:
-        return f(x, z) @ b
-
-    def total(x: Tensor) -> Tensor:
-        return vmap(phi, in_dims=(None, 0, 0))(x, z, b).sum()
-
-    def over_samples(function: Callable[..., Tensor]) -> Tensor:
-        return vmap(function, in_dims=(None, 0, 0))(x, z, b)
-
-    has_parameters = p > 0  # torch.func differentiates nothing with respect to an empty tensor
-    J = vmap(jacrev(f), in_dims=(None, 0))(x, z) if has_parameters else z.new_zeros(batch, b.shape[1], 0)
-    E = jacrev(grad(total))(x) if has_parameters else z.new_zeros(0, 0)
-    if wrt_input:
-        F = over_samples(jacrev(grad(phi), argnums=1)) if has_parameters else z.new_zeros(batch, 0, a_in)
-        A = vmap(jacrev(f, argnums=1), in_dims=(None, 0))(x, z).reshape(batch, -1, a_in)
-        G = over_samples(jacrev(grad(phi, argnums=1), argnums=1)).reshape(batch, a_in, a_in)
-        result = Derivatives(J, E, A, F.reshape(batch, p, a_in), G)
-    else:
-        result = Derivatives(J, E)
-    _check_against_autograd(stage, result)
-    return result
-
-
-def _check_against_autograd(stage: Stage, D: Derivatives) -> None:
-    """One random second-order product of the blocks against plain double backward.
-
-    Not idle: in torch 2.14 torch.func.hessian of a LayerNorm is wrong in the first digit (its weight against its input), while
-    double backward is right. A wrong block must not pass for a curvature.
-
-    Raises:
-        RuntimeError: naming the stage.
-    """
-    generator = seeded(0)
-    z = stage.inputs.detach().requires_grad_()
-    leaves = [*stage.parameters.values(), z]
-    with torch.enable_grad():
-        phi = (stage.module(z.clone()) * stage.b).sum()
-        first = torch.autograd.grad(phi, leaves, create_graph=True, materialize_grads=True)
-    moves = [normal(t.shape, t, generator) for t in leaves]
-    if D.A is None:
-        moves[-1].zero_()
-    live = [(g, v) for g, v in zip(first, moves, strict=True) if g.requires_grad]
-    if live:
-        *second, second_z = torch.autograd.grad(
-            [g for g, _ in live], leaves, [v for _, v in live], materialize_grads=True
-        )
-    else:
-        *second, second_z = (torch.zeros_like(t) for t in leaves)
-    v_x, v_z = _flat(moves[:-1], z), moves[-1].flatten(1)
-    pairs = [(D.J.flatten(0, 1).T @ stage.b.flatten(), _flat(first[:-1], z))]
-    if D.A is None:
-        pairs.append((D.E @ v_x, _flat(second, z)))
-    else:
-        assert D.F is not None and D.G is not None
-        pairs.append((torch.einsum("noi,no->ni", D.A, stage.b.flatten(1)), first[-1].flatten(1)))
-        pairs.append((D.E @ v_x + torch.einsum("npi,ni->p", D.F, v_z), _flat(second, z)))
-        pairs.append((torch.einsum("npi,p->ni", D.F, v_x) + torch.einsum("nij,nj->ni", D.G, v_z), second_z.flatten(1)))
-    scale = max(reference.abs().max().item() if reference.numel() else 0.0 for _, reference in pairs)
-    tolerance = torch.finfo(z.dtype).eps ** 0.5 * scale
-    for ours, reference in pairs:
-        if ours.numel() and not (ours - reference).abs().max().item() <= tolerance:
-            raise RuntimeError(
-                f"{stage}: torch.func and autograd disagree about its derivatives, so one of them is wrong for this module "
-                f"(torch {torch.__version__}); write the module with elementary operations"
-            )
-
-
-def _flat(tensors: Sequence[Tensor], like: Tensor) -> Float[Tensor, " n"]:
-    return torch.cat([t.detach().flatten() for t in tensors]) if tensors else like.new_zeros(0)
-
-
-def fuse(inner: Derivatives, outer: Derivatives) -> Derivatives:
-    """Derivatives of outer(inner(z; x)): the chain rule to second order. `outer` has no parameters, `inner` has some.
-
-    A = A2 A1,  J = A2 J1,  E = E1 + J1^T G2 J1,  F = F1 + J1^T G2 A1,  G = G1 + A1^T G2 A1.
-    """
-    assert outer.A is not None and outer.G is not None  # it has an input: the inner stage
-    GJ = _times(outer.G, inner.J)  # (B, a, p)
-    E = inner.E + inner.J.flatten(0, 1).T @ GJ.flatten(0, 1)
-    J = _times(outer.A, inner.J)
-    if inner.A is None:
-        return Derivatives(J, E)
-    assert inner.F is not None and inner.G is not None
-    G = inner.G + inner.A.mT @ _times(outer.G, inner.A)
-    return Derivatives(J, E, _times(outer.A, inner.A), inner.F + GJ.mT @ inner.A, G)
-
-
-def _times(matrix: Float[Tensor, "B ..."], other: Float[Tensor, "B a n"]) -> Float[Tensor, "B m n"]:
-    """matrix @ other per sample, where matrix is (B, m, a) or the diagonal (B, a)."""
-    return matrix.unsqueeze(2) * other if matrix.ndim == 2 else matrix @ other
+            (second,) = torch.autograd.grad(slope.sum(), z, materialize_grads=True)
+    return slope.detach(), second

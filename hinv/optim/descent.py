@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from hinv.errors import NotFiniteError
 from hinv.network import losses
 from hinv.shapes import Float
+from hinv.vectors import flat
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Descent:
         with torch.enable_grad():
             value = losses.value(self.loss, self.model(inputs), targets)
             gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
-        g = parameters_to_vector(g.contiguous() for g in gradient)
+        g = flat(gradient)
         if not g.isfinite().all():
             raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
         return value.item(), g
@@ -97,7 +97,7 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _position(self) -> Float[Tensor, " P"]:
-        return parameters_to_vector(self.parameters).detach()
+        return flat(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as torch.save and torch.load(weights_only=True) take it. The model's weights are not in it."""

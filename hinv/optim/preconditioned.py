@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 from hinv.curvature import Curvature
 from hinv.errors import SingularShiftError
@@ -15,6 +15,7 @@ from hinv.modes import exact
 from hinv.network import losses
 from hinv.shapes import Float
 from hinv.solver.estimate import require
+from hinv.vectors import flat
 
 from .descent import Descent, Direction, StepReport
 
@@ -179,8 +180,7 @@ class Preconditioned(Descent):
         state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
         if self._curvature is not None and self._age % self.every:
             chain = self._curvature.chain  # the factorization itself is made again: the batch and weights determine it
-            at = parameters_to_vector(chain.parameters).detach()
-            state["held"] = {"inputs": chain.inputs, "targets": chain.targets, "parameters": at}
+            state["held"] = {"inputs": chain.inputs, "targets": chain.targets, "parameters": flat(chain.parameters)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hinv.curvature import Curvature, Hessian
-from hinv.draws import normal
 from hinv.errors import SingularShiftError
 from hinv.network import losses
 from hinv.shapes import Float
 from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
+from hinv.vectors import normal
 
 from .descent import Direction
 from .preconditioned import Preconditioned

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hinv.modes import exact
 from hinv.network import Chain, Derivatives, Stage, derivatives, losses
-from hinv.network.stages import fuse
+from hinv.network.blocks import fuse
 from hinv.shapes import Float
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hinv.draws import normal
 from hinv.errors import AccuracyWarning, SingularShiftError
 from hinv.html import table
 from hinv.shapes import Float
+from hinv.vectors import normal
 
 from .parts import HeadPivot, Structure
 from .symmetric import SingularPivotError

@@ -106,4 +106,10 @@ def converted(chain: Chain, dtype: torch.dtype) -> Chain:
         return chain
     loss = copy.deepcopy(chain.loss).to(dtype) if isinstance(chain.loss, nn.Module) else chain.loss
     targets = chain.targets.to(dtype) if chain.targets.is_floating_point() else chain.targets
-    return Chain(copy.deepcopy(chain.model).to(dtype), loss, chain.inputs.to(dtype), targets)
+    try:
+        return Chain(copy.deepcopy(chain.model).to(dtype), loss, chain.inputs.to(dtype), targets, check=False)
+    except ValueError as error:
+        raise ValueError(
+            f"model and loss cannot be computed in {dtype}, in which solves and counts are made: {error}. A tensor that a closure or a plain attribute "
+            "holds is not converted with them: register it as a buffer, or convert it where it is used, as in weight.to(outputs.dtype)"
+        ) from error

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
+from torch import Tensor
 
-from hinv.draws import normal, seeded
 from hinv.errors import NotFiniteError
 from hinv.modes import exact
 from hinv.network import Chain, losses
 from hinv.shapes import Float
+from hinv.vectors import flat
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -53,7 +52,7 @@ class Products:
                 scalar, chain.parameters, create_graph=not gauss_newton, retain_graph=True, materialize_grads=True
             )
         self.loss = scalar.item()
-        self.gradient = parameters_to_vector(g.contiguous() for g in self._gradient).detach()
+        self.gradient = flat(self._gradient)
         if not self.gradient.isfinite().all():
             raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
 
@@ -116,7 +115,7 @@ class Products:
         columns = torch.autograd.grad(
             functions, self.chain.parameters, weights, retain_graph=True, materialize_grads=True
         )
-        return parameters_to_vector(c.contiguous() for c in columns)
+        return torch.cat([c.reshape(-1) for c in columns])
 
     def _split(self, v: Float[Tensor, " P"]) -> list[Tensor]:
         parameters = self.chain.parameters
@@ -157,44 +156,3 @@ class Products:
         if not v.isfinite().all():
             raise ValueError(f"{what} contains NaN or infinite values")
         return v.detach()
-
-    def check_gradient(self, model: nn.Module, loss: losses.Loss) -> None:
-        """The model that was handed in, run as a whole, has the gradient of the copy that the chain took apart; one forward and one backward pass.
-
-        Raises:
-            ValueError: it has another one, and says at which parameter.
-        """
-        chain, named = self.chain, {n: p for n, p in model.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
-            scalar = losses.value(loss, model(chain.inputs.clone()), chain.targets)
-            theirs = torch.autograd.grad(scalar, list(named.values()), materialize_grads=True)
-        size = max(g.norm().item() for g in (*theirs, *self._gradient))
-        for name, g, ours in zip(named, theirs, self._gradient, strict=True):
-            if not (g - ours).norm().item() <= torch.finfo(self.dtype).eps ** 0.5 * size:
-                raise ValueError(
-                    f"the model's gradient in '{name}' is not that of its copy: something outside the modules' own parameters and buffers takes part "
-                    "in what it computes (a wrapper, a tensor kept in a plain attribute); make it part of a module"
-                )
-
-    def check_symmetry(self) -> None:
-        """u.Hv = v.Hu for one random pair. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.
-
-        Raises:
-            ValueError: autograd's second derivative is missing, NaN or not symmetric.
-        """
-        generator = seeded(0)
-        u, v = (normal(len(self.gradient), self.gradient, generator) for _ in range(2))
-        suspects = [str(stage) for stage in self.chain.stages if stage.kind == "general"] or ["the loss"]
-        try:
-            Hu, Hv = self.multiply(u), self.multiply(v)
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"autograd cannot differentiate the model twice; look at {', '.join(suspects)}. torch says: {error}"
-            ) from error
-        scale = (Hu.norm() * v.norm() + Hv.norm() * u.norm()).item()
-        if not abs((u @ Hv - v @ Hu).item()) <= torch.finfo(self.dtype).eps ** 0.5 * scale:
-            raise ValueError(
-                f"autograd's second derivative is not symmetric, so it is wrong for one of {', '.join(suspects)} (torch {torch.__version__}; "
-                "weight_norm is one such): write that module with elementary operations. Or rounding errors are all there is of it, as where the "
-                f"outputs are saturated (the loss is {self.loss:.3g}): scale the weights down, or use float64"
-            )

@@ -20,7 +20,6 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from hinv.network import Chain, Stage, derivatives, losses
-from hinv.network.stages import elementwise
 from hinv.shapes import Float
 
 from .refine import Apply
@@ -82,7 +81,7 @@ def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple
     for stage in chain.live:
         if stage.kind == "elementwise" or not stage.parameters:
             if stage.kind == "elementwise":
-                slope, bend = (t.double().cpu().numpy().ravel() for t in elementwise(stage))
+                slope, bend = (t.double().cpu().numpy().ravel() for t in (stage.slope, stage.bend))
                 A, G = (
                     sp.dia_array((slope[None], [0]), shape=(slope.size,) * 2),
                     sp.dia_array((bend[None], [0]), shape=(bend.size,) * 2),

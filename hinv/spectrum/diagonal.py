@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hinv.modes import exact
 from hinv.network import Derivatives, Stage, derivatives, losses
-from hinv.network.stages import elementwise
 from hinv.shapes import Float
 from hinv.solver.products import Products
 
@@ -33,7 +32,7 @@ def blocks(H: Products) -> Iterator[Block]:
     V = losses.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
     for number, stage in reversed(list(enumerate(live))):
         if stage.kind == "elementwise":
-            slope, bend = elementwise(stage)
+            slope, bend = stage.slope, stage.bend
             V = V * slope.unsqueeze(1) * slope.unsqueeze(2)
             if not H.gauss_newton:
                 V.diagonal(dim1=1, dim2=2).add_(bend)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv.network import Chain, Stage, losses
+from hinv.network.stages import RESHAPES
 
 from ..symmetric import SMALL
 from .convolution import Conv2d, padding
@@ -40,9 +41,6 @@ __all__ = [
     "kind",
     "parts",
 ]
-
-RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # identity on flattened samples
-
 
 # the stages with their parts, and V_L (None where a `Head` knows it)
 Structure = tuple[list[tuple[Stage, Diagonal | Part]], Tensor | None]

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.network.stages import elementwise
 from hinv.shapes import Float
 
 from .part import Eliminated
@@ -15,9 +14,8 @@ class Diagonal(Eliminated):
     p = 0
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        first, bend = (stage.slope, None) if gauss_newton else elementwise(stage)
-        self.slope, self.row = first.reshape(-1, 1), first.reshape(1, -1)
-        self.bend = None if bend is None else bend.flatten()
+        self.slope, self.row = stage.slope.reshape(-1, 1), stage.slope.reshape(1, -1)
+        self.bend = None if gauss_newton else stage.bend.flatten()
 
     def eliminate(
         self, V: Float[Tensor, "k k"] | None, damping: float, try_cholesky: bool

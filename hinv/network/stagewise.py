@@ -1,0 +1,92 @@
+"""A product with the Hessian stage by stage, no block formed: forwards what moves, backwards what pulls.
+
+    y_l          = A_l y_{l-1} + J_l x_l                                   y_0 = 0
+    lambda_L     = V_L y_L
+    (H x)_l      = J_l^T lambda_l + E_l x_l + F_l y_{l-1}
+    lambda_{l-1} = A_l^T lambda_l + F_l^T x_l + G_l y_{l-1}
+
+Linear and elementwise stages in closed form, any other by plain double backward through its module. It is what the structure says H is, at the cost
+of about a product by automatic differentiation of the whole network, which knows nothing of stages: the door compares the two.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hinv.shapes import Float
+from hinv.vectors import flat
+
+from . import losses
+from .chain import Chain
+from .stages import Stage
+
+# (y_l, and lambda_l -> ((H x)_l, lambda_{l-1}))
+Move = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
+
+
+def product(chain: Chain, v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """H v for one vector."""
+    pieces = iter(v.split([len(stage.x) for stage in chain.live if stage.parameters]))
+    y: Tensor | None = None
+    pulls = []
+    for stage in chain.live:
+        x = next(pieces) if stage.parameters else v[:0]
+        y, pull = MOVES.get(stage.kind, by_double_backward)(stage, x, y)
+        pulls.append(pull)
+    assert y is not None
+    signal = losses.products(chain.loss, chain.outputs, chain.targets)(y.view_as(chain.outputs))
+    out = []
+    for pull in reversed(pulls):
+        g, signal = pull(signal)
+        out.append(g)
+    return torch.cat(out[::-1])
+
+
+def _linear(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:
+    W, z, b = stage.weight, stage.inputs, stage.b
+    dW = x[: W.numel()].view_as(W)
+    moved = z @ dW.T + x[W.numel() :] if stage.has_bias else z @ dW.T
+
+    def pull(signal: Tensor) -> tuple[Tensor, Tensor]:
+        weights = signal.T @ z if y is None else signal.T @ z + b.T @ y
+        return flat([weights, signal.sum(0)] if stage.has_bias else [weights]), signal @ W + b @ dW
+
+    return moved if y is None else moved + y @ W.T, pull
+
+
+def _elementwise(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:
+    slope, bend = stage.slope, stage.bend
+    assert y is not None  # a stage with parameters comes before it
+    moved = (slope * y.flatten(1)).view_as(stage.outputs)
+
+    def pull(signal: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (slope * signal.flatten(1) + bend * y.flatten(1)).view_as(stage.inputs)
+
+    return moved, pull
+
+
+def by_double_backward(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:
+    z = stage.inputs.detach().requires_grad_()
+    leaves = [*stage.parameters.values(), z]
+    moves = [*stage.named(x).values(), torch.zeros_like(z) if y is None else y]
+    with torch.enable_grad():
+        out = stage.module(z.clone())
+        u = torch.zeros_like(
+            out
+        ).requires_grad_()  # (A, J)^T u is linear in u: its derivative along the moves is A y + J x
+        transposed = torch.autograd.grad(out, leaves, u, create_graph=True, materialize_grads=True)
+        live = [(f, m) for f, m in zip(transposed, moves, strict=True) if f.requires_grad]
+        first = torch.autograd.grad(out, leaves, stage.b.view_as(out), create_graph=True, materialize_grads=True)
+    (moved,) = torch.autograd.grad([f for f, _ in live], u, [m for _, m in live], materialize_grads=True)
+
+    def pull(signal: Tensor) -> tuple[Tensor, Tensor]:
+        second = [(f, m) for f, m in zip(first, moves, strict=True) if f.requires_grad]
+        functions, weights = [out, *(f for f, _ in second)], [signal.view_as(out), *(m for _, m in second)]
+        *g, back = torch.autograd.grad(functions, leaves, weights, materialize_grads=True)
+        return flat(g, x), back
+
+    return moved, pull
+
+
+MOVES = {"linear": _linear, "elementwise": _elementwise}

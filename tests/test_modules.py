@@ -1,0 +1,202 @@
+"""Modules that people have, as stages: every answer against the double-backward matrix of the user's own model, and that against finite differences."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build, relative
+from torch import nn
+
+from hinv import GGN, Hessian
+from hinv.network.blocks import agree
+
+CE = nn.CrossEntropyLoss()
+
+
+def double_backward(model, loss, x, y):
+    """(P, P), row by row, of the model itself: no chain, no copy."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        first = torch.autograd.grad(loss(model(x), y), parameters, create_graph=True)
+        flat = torch.cat([g.reshape(-1) for g in first])
+        rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def differences(model, loss, x, y, v, h=1e-5):
+    """H v by central differences of the gradient."""
+
+    def gradient(sign):
+        moved = copy.deepcopy(model)
+        parameters = [p for p in moved.parameters() if p.requires_grad]
+        flat = nn.utils.parameters_to_vector([p.contiguous() for p in parameters]) + sign * h * v
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.data = piece.view(p.shape).detach()
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(moved(x), y), parameters)])
+
+    return (gradient(1) - gradient(-1)) / (2 * h)
+
+
+class Sequence(nn.Module):
+    """A module of token sequences on (B, T a): reshaped in and out."""
+
+    def __init__(self, inner, width):
+        super().__init__()
+        self.inner, self.width = inner, width
+
+    def forward(self, z):
+        out = self.inner(z.view(len(z), -1, self.width))
+        return (out[0] if isinstance(out, tuple) else out).flatten(1)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, z):
+        return super().forward(z, z, z, need_weights=False)[0]
+
+
+class Scaled(nn.Module):
+    def forward(self, z):
+        q = z.view(len(z), 1, 3, 4)
+        return nn.functional.scaled_dot_product_attention(q, q, q).reshape(z.shape)
+
+
+def between(module, width=12, out=12):
+    return nn.Sequential(nn.Linear(5, width), module, nn.Tanh(), nn.Linear(out, 3))
+
+
+MODULES = {
+    "PReLU": lambda: between(nn.PReLU()),
+    "PReLU of each unit": lambda: between(nn.PReLU(12)),
+    "InstanceNorm1d": lambda: between(Sequence(nn.InstanceNorm1d(3, affine=True), 4)),
+    "InstanceNorm2d": lambda: nn.Sequential(
+        nn.Linear(5, 18), nn.Unflatten(1, (2, 3, 3)), nn.InstanceNorm2d(2), nn.Flatten(), nn.Tanh(), nn.Linear(18, 3)
+    ),
+    "GroupNorm": lambda: between(Sequence(nn.GroupNorm(3, 3), 4)),
+    "RMSNorm": lambda: between(nn.RMSNorm(12)),
+    "LSTM": lambda: between(Sequence(nn.LSTM(4, 3, batch_first=True), 4), out=9),
+    "GRU": lambda: between(Sequence(nn.GRU(4, 3, batch_first=True), 4), out=9),
+    "RNN": lambda: between(Sequence(nn.RNN(4, 3, batch_first=True), 4), out=9),
+    "fused attention": lambda: between(Scaled()),
+    "MultiheadAttention": lambda: between(Sequence(SelfAttention(4, 2, batch_first=True), 4)),
+    "TransformerEncoderLayer": lambda: between(
+        Sequence(nn.TransformerEncoderLayer(4, 2, 6, activation="gelu", batch_first=True), 4)
+    ).eval(),
+    "Bilinear-like": lambda: between(nn.GLU(), out=6),
+    "Softmax": lambda: between(nn.Softmax(dim=1)),
+    "LayerNorm": lambda: between(nn.LayerNorm(12)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name):
+    torch.manual_seed(0)
+    model, x, y = MODULES[name]().double(), torch.randn(5, 5).double(), torch.tensor([0, 1, 2, 0, 1])
+    D = double_backward(model, CE, x, y)
+    v = torch.randn(len(D)).double()
+    assert relative(D @ v, differences(model, CE, x, y, v)) < 1e-6
+    H = Hessian(model, CE, x, y)
+    assert relative(H.dense(), D) < 1e-10
+    shifted = D + 0.1 * torch.eye(len(D), dtype=D.dtype)
+    for method in ("factor", "sparse", "tridiagonal"):
+        assert relative(shifted @ H.solve(H.gradient, 0.1, method), H.gradient) < 1e-8, method
+    values = torch.linalg.eigvalsh(D)
+    F = H.factor(0.1)
+    assert F.inertia[1] == int((values < -0.1).sum())
+    assert F.logdet[1] == pytest.approx((values + 0.1).abs().log().sum().item(), rel=1e-8, abs=1e-8)
+    assert relative(H.diagonal(), D.diagonal()) < 1e-10
+    G = GGN(model, CE, x, y)
+    assert (
+        relative(
+            G.factor(0.1).solve(G.gradient), torch.linalg.solve(G.dense() + 0.1 * torch.eye(len(D)).to(D), G.gradient)
+        )
+        < 1e-8
+    )
+
+
+class Upcast(nn.Module):
+    """As large language models have it: the statistics in float32 whatever comes in."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, z):
+        wide = z.float()
+        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(z.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [12, 96])
+def test_a_module_that_computes_in_float32_inside(dtype, width):
+    """Its derivatives have seven digits: right to those, or named."""
+    torch.manual_seed(0)
+    model, x, y = between(Upcast(width), width, width).to(dtype), torch.randn(40, 5).to(dtype), torch.arange(40) % 3
+    try:
+        H = Hessian(model, CE, x, y)
+        step = H.solve(H.gradient, 0.1)
+    except (ValueError, RuntimeError) as error:
+        assert "float32 inside" in str(error)
+        return
+    assert (H @ step + 0.1 * step - H.gradient).norm() < 1e-4 * H.gradient.norm()
+
+
+def test_what_float32_rounding_is_called():
+    stage = Hessian(*build("layernorm")).chain.stages[1]
+    with pytest.raises(RuntimeError, match=r"disagree.*float32 inside"):
+        agree(stage, [(torch.ones(3).double(), torch.ones(3).double() * (1 + 1e-7))])
+    with pytest.raises(RuntimeError, match=r"elementary operations\.$"):
+        agree(stage, [(torch.ones(3).double(), torch.ones(3).double() * 1.1)])
+
+
+def test_a_float32_loss_that_holds_a_tensor_is_named():
+    """What a closure holds does not become float64 with the model, in which solves and counts are made."""
+    torch.manual_seed(0)
+    model, x, y = between(nn.Tanh()), torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1])
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"in torch.float64.*weight\.to\(outputs\.dtype\)"):
+        Hessian(model, lambda o, t: nn.functional.cross_entropy(o, t, weight=weight), x, y)
+    H = Hessian(model, lambda o, t: nn.functional.cross_entropy(o, t, weight=weight.to(o.dtype)), x, y)
+    assert H.eigsh(2).certified
+
+
+def transposed():
+    layer = nn.Linear(5, 5).double()
+    layer.weight = nn.Parameter(layer.weight.data.T.contiguous().T)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3).double())
+
+
+def channels_last():
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, 1, 5)), nn.Conv2d(1, 4, (1, 2)), nn.Tanh(), nn.Conv2d(4, 3, (1, 2)), nn.Flatten()
+    )
+    return nn.Sequential(net, nn.Linear(9, 3)).double().to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("make", [transposed, channels_last])
+def test_weights_that_lie_otherwise_in_memory(make):
+    torch.manual_seed(0)
+    model, x, y = make(), torch.randn(5, 5).double(), torch.tensor([0, 1, 2, 0, 1])
+    assert not all(p.is_contiguous() for p in model.parameters())
+    D = double_backward(model, CE, x, y)
+    H = Hessian(model, CE, x, y)
+    assert relative(H.dense(), D) < 1e-10
+    assert relative(H.solve(H.gradient, 0.1), torch.linalg.solve(D + 0.1 * torch.eye(len(D)).to(D), H.gradient)) < 1e-8
+    assert relative(H.diagonal(), D.diagonal()) < 1e-10
+
+
+def test_float32_after_long_training():
+    """Nearly certain outputs: in float32 the curvature is rounding, and two products with it are not symmetric; in float64 it is right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(3000):
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+    H = Hessian(model, CE, x, y)
+    assert H.loss < 1e-5
+    D = double_backward(copy.deepcopy(model).double(), CE, x.double(), y)
+    found = H.eigsh(3)
+    assert found.certified
+    torch.testing.assert_close(found.values, torch.linalg.eigvalsh(D)[-3:], rtol=1e-8, atol=1e-16)
