@@ -29,6 +29,13 @@ class Curvature(Matrix):
         super().__init__(Chain(model, loss, inputs, targets, check), self.gauss_newton)
         if check:
             verify(self, model, loss)
+        if check and self.gauss_newton and losses.linear(self.chain.loss, self.chain.outputs, self.chain.targets):
+            warnings.warn(
+                "the loss is linear in the model's outputs, so the Gauss-Newton matrix is zero: let the model put out logits, and the loss take the "
+                "logarithm (CrossEntropyLoss)",
+                AccuracyWarning,
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         what = f"{self.shape[0]} x {self.shape[1]}, {len(self.chain.stages)} stages, batch {len(self.chain.inputs)}, {self.dtype}"

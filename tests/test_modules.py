@@ -7,7 +7,7 @@ import torch
 from conftest import build, relative
 from torch import nn
 
-from hinv import GGN, Hessian
+from hinv import GGN, AccuracyWarning, Hessian
 from hinv.network.blocks import agree
 
 CE = nn.CrossEntropyLoss()
@@ -200,3 +200,37 @@ def test_float32_after_long_training():
     found = H.eigsh(3)
     assert found.certified
     torch.testing.assert_close(found.values, torch.linalg.eigvalsh(D)[-3:], rtol=1e-8, atol=1e-16)
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [nn.NLLLoss(), nn.NLLLoss(reduction="sum", ignore_index=1), nn.NLLLoss(torch.tensor([1.0, 2.0, 0.5]).double())],
+)
+def test_log_softmax_under_nll_is_cross_entropy(loss, nested):
+    """The Hessian is that of the pair as it stands; the Gauss-Newton matrix is that of cross-entropy, where that of the pair is zero."""
+    torch.manual_seed(0)
+    body, x, y = between(nn.Tanh()).double(), torch.randn(5, 5).double(), torch.tensor([0, 1, 2, 0, 1])
+    model = (
+        nn.Sequential(body, nn.Sequential(nn.LogSoftmax(dim=1))) if nested else nn.Sequential(*body, nn.LogSoftmax(-1))
+    )
+    same = nn.CrossEntropyLoss(loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction)
+    H, G = Hessian(model, loss, x, y), GGN(model, loss, x, y)
+    assert relative(H.dense(), double_backward(model, loss, x, y)) < 1e-10
+    assert relative(G.dense(), GGN(body, same, x, y).dense()) < 1e-12 and G.dense().norm() > 1e-3
+    assert relative(G.gradient, GGN(body, same, x, y).gradient) < 1e-12
+
+
+def test_a_gauss_newton_matrix_that_is_zero_says_why():
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(*between(nn.Tanh()), nn.LogSoftmax(1)).double(),
+        torch.randn(5, 5).double(),
+        torch.tensor([0, 1, 2, 0, 1]),
+    )
+    with pytest.warns(AccuracyWarning, match="linear in the model's outputs, so the Gauss-Newton matrix is zero"):
+        G = GGN(model, lambda o, t: nn.functional.nll_loss(o, t), x, y)
+    assert G.dense().norm() == 0

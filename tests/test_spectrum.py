@@ -361,6 +361,75 @@ def test_data_hessian_adds_batches_of_any_size(loss):
     assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=0.05)
 
 
+WEIGHT = torch.tensor([0.5, 1.0, 2.0]).double()
+GOALS = torch.rand(20, 3, generator=torch.Generator(DEVICE).manual_seed(1)).double()
+LABELS = torch.arange(20) % 3
+MEANS = {
+    "class weights": (nn.CrossEntropyLoss(weight=WEIGHT), LABELS),
+    "class weights, smoothed": (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2), LABELS),
+    "ignored labels": (nn.CrossEntropyLoss(), torch.where(torch.arange(20) < 6, -100, LABELS)),
+    "ignored labels, summed": (nn.CrossEntropyLoss(reduction="sum"), torch.where(torch.arange(20) < 6, -100, LABELS)),
+    "class probabilities": (nn.CrossEntropyLoss(), GOALS.softmax(1)),
+    "squared error": (nn.MSELoss(), GOALS),
+    "binary, weighted": (nn.BCEWithLogitsLoss(weight=WEIGHT), GOALS),
+    "Huber": (nn.HuberLoss(delta=0.3), GOALS),
+    "Poisson": (nn.PoissonNLLLoss(), GOALS),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_mean_over_all_data_and_not_over_batches(name):
+    loss, goals = MEANS[name]
+    model, _, x, _ = problem()
+    D = Hessian(model, loss, x, goals).dense()
+    A = spectrum.DataHessian(model, loss, batches(x, goals, [3, 12, 5]))
+    assert relative(A @ torch.eye(len(D)).double(), D) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_divergence_over_all_data(reduction):
+    model, _, x, _ = problem()
+    model, loss, goals = nn.Sequential(model, nn.LogSoftmax(1)), nn.KLDivLoss(reduction=reduction), GOALS.softmax(1)
+    D = Hessian(model, loss, x, goals).dense()
+    A = spectrum.DataHessian(model, loss, batches(x, goals, [3, 12, 5]))
+    assert relative(A @ torch.eye(len(D)).double(), D) < 1e-12
+
+
+def test_batches_of_other_numbers_of_tokens():
+    """(4 sequences of 4), (6 of 2): every token weighs the same, as in the mean over all 28."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    loss = nn.CrossEntropyLoss()
+
+    class Tokens(nn.Module):
+        """Classes second, as the loss wants them."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, z):
+            return self.inner(z).mT
+
+    batches = [(torch.randn(n, t, 3).double(), torch.randint(0, 3, (n, t))) for n, t in ((4, 4), (6, 2))]
+    flat = [torch.cat([b[i].flatten(0, 1) for b in batches]) for i in (0, 1)]
+    D = Hessian(model, loss, *flat).dense()
+    A = spectrum.DataHessian(Tokens(), loss, batches)
+    assert relative(A @ torch.eye(len(D)).double(), D) < 1e-12
+
+
+def test_batches_of_any_form_through_an_adapter():
+    model, loss, x, y = problem()
+    D = Hessian(model, loss, x, y).dense()
+    dicts = [{"image": a, "label": b, "name": "a"} for a, b in batches(x, y, 7)]
+    with pytest.raises(TypeError, match=r"batch 0 is a mapping with 'image', 'label', 'name', and a pair .*adapt="):
+        spectrum.DataHessian(model, loss, dicts)
+    with pytest.raises(TypeError, match="batch 0 is a tuple of 3"):
+        spectrum.DataHessian(model, loss, [(x, y, y)])
+    A = spectrum.DataHessian(model, loss, dicts, adapt=lambda b: (b["image"], b["label"]))
+    assert relative(A @ torch.eye(len(D)).double(), D) < 1e-12
+
+
 def test_data_hessian_refuses():
     model, loss, x, y = problem()
     data = torch.utils.data.TensorDataset(x, y)
@@ -376,20 +445,11 @@ def test_data_hessian_refuses():
         make(model, loss, batches(bad, y, 4))
     with pytest.raises(TypeError, match="reduction 'mean' or 'sum'"):
         make(model, nn.CrossEntropyLoss(reduction="none"), [(x, y)])
-    with pytest.raises(ValueError, match="class weights"):
-        make(model, nn.CrossEntropyLoss(weight=torch.ones(3).double()), [(x, y)])
-    ignored = torch.where(torch.arange(len(y)) < 6, -100, y)
-    with pytest.raises(ValueError, match="batch 0 has ignored labels"):
-        make(model, loss, batches(x, ignored, 4))
-    summed = nn.CrossEntropyLoss(reduction="sum")
-    D = Hessian(model, summed, x, ignored).dense()
-    assert relative(make(model, summed, batches(x, ignored, 4)) @ torch.eye(len(D)).double(), D) < 1e-12
-    weighted, goals = (
-        nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double()),
-        torch.rand(len(x), 3).double(),
-    )
-    D = Hessian(model, weighted, x, goals).dense()
-    assert relative(make(model, weighted, batches(x, goals, 4)) @ torch.eye(len(D)).double(), D) < 1e-12
+    goals = torch.rand(len(x), 3).double()
+    with pytest.raises(ValueError, match=r"by what the mean of MultiMarginLoss.* divides is not known"):
+        make(model, nn.MultiMarginLoss(), [(x, y)])
+    with pytest.raises(ValueError, match="no label that counts"):
+        make(model, loss, [(x, torch.full_like(y, -100))])
     with pytest.raises(ValueError, match="batch 1 of the loader contains NaN"):
         make(model, nn.MSELoss(), batches(x, torch.where(torch.arange(len(x))[:, None] == 5, torch.nan, goals), 4))
     with pytest.raises(ValueError, match="do not repeat themselves"):

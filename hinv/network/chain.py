@@ -46,10 +46,11 @@ class Chain:
         self.inputs, self.targets = inputs.detach().clone(), targets.detach().clone()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.stages = self._forward(check)
-        losses.check_targets(loss, self.outputs, self.targets)
-        self.value = losses.value(loss, self.outputs, self.targets).detach()
+        self._fold_softmax()
+        losses.check_targets(self.loss, self.outputs, self.targets)
+        self.value = losses.value(self.loss, self.outputs, self.targets).detach()
         if check:
-            losses.check_loss(loss, self.outputs, self.targets)
+            losses.check_loss(self.loss, self.outputs, self.targets)
         self._backward()
         if check:
             for stage in self.live:
@@ -98,6 +99,19 @@ class Chain:
             stages.append(stage)
             z = out
         return stages
+
+    def _fold_softmax(self) -> None:
+        """LogSoftmax at the end under NLLLoss is cross-entropy of what comes before: the same function, gradient and Hessian, but now the loss has all of
+        the curvature in its outputs, and the Gauss-Newton matrix is the Fisher information. With a loss linear in its outputs it would be zero."""
+        last, loss = self.stages[-1], self.loss
+        if type(last.module) is not nn.LogSoftmax or type(loss) is not nn.NLLLoss:
+            return
+        if last.module.dim != 1 and (last.module.dim, last.inputs.ndim) != (-1, 2):
+            return
+        owner, _, name = last.name.rpartition(".")
+        self.model.get_submodule(owner).register_module(name, nn.Identity())
+        self.stages[-1] = Stage(last.name, nn.Identity(), {}, last.inputs, last.inputs)
+        self.loss = nn.CrossEntropyLoss(loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction)
 
     def _backward(self) -> None:
         """b_L from the loss, then b_{l-1} = A_l^T b_l stage by stage (eq:backprop)."""

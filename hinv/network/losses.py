@@ -92,6 +92,11 @@ def curvature(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> F
     return torch.stack(columns, dim=2)
 
 
+def linear(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> bool:
+    """Whether the loss has no curvature at all in the outputs: exactly zero in a random direction."""
+    return not products(loss, outputs, targets)(normal(outputs.shape, outputs)).any()
+
+
 def convex(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> bool:
     """Whether V_L is positive semidefinite at these outputs (to rounding)."""
     known = diagonal_minus_rank_one(loss, outputs, targets)

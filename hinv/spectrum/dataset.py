@@ -1,7 +1,10 @@
 """A whole data set: products summed over its batches (curvlinops), and estimates where an exact answer is out of reach."""
 
+import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from hinv.shapes import Float
 from hinv.solver.products import operator
 
 from .eigenpairs import Eigenpairs
-from .loader import Batches, Loader, check_loader
+from .loader import Batches, Loader, check_loader, terms
 
 
 @dataclass(frozen=True)
@@ -33,37 +36,47 @@ class DataHessian:
 
     Args:
         model: any nn.Module (eval mode: layers must not be random or mix samples).
-        loss: with `reduction` "mean" (over samples) or "sum", for example CrossEntropyLoss or MSELoss.
+        loss: with `reduction` "sum", or "mean" of a loss of torch.nn, which is then the mean over the whole data set: batches of another size, number
+            of tokens, class weights or ignored labels weigh as they should.
         loader: a DataLoader without shuffling, or a list of batches (inputs, targets). Batches may differ in size.
+        adapt: makes a pair (inputs, targets) of what the loader gives, for dictionaries, triples and the like.
 
     Raises:
-        TypeError, ValueError: a loader that is empty, shuffled, or gone after one pass; NaN in a batch, by number; a loss whose mean is not over
-            samples; a model or loader that does not repeat itself.
+        TypeError, ValueError: a loader that is empty, shuffled, or gone after one pass; NaN in a batch, by number; a loss whose mean is not known;
+            a model or loader that does not repeat itself.
     """
 
     @exact()
-    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, loader: Loader):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: torch.nn.Module,
+        loader: Loader,
+        adapt: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
+    ):
         try:
             from curvlinops import HessianLinearOperator
         except ImportError as error:
             raise ImportError("whole data sets need curvlinops: pip install 'hinv[dataset]'") from error
 
         check_loader(loader)
-        if getattr(loss, "reduction", None) not in ("mean", "sum"):
+        reduction = getattr(loss, "reduction", None)
+        if reduction not in ("mean", "sum", "batchmean"):
             raise TypeError(
                 f"the loss must have reduction 'mean' or 'sum', so that batches can be added up; {loss} has none of them"
-            )
-        by_weight = isinstance(loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss) and loss.reduction == "mean"
-        if by_weight and loss.weight is not None:
-            raise ValueError(
-                "this loss divides by the class weights of a batch, so its batches do not add up: use reduction='sum'"
             )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise ValueError("the model has no trainable parameter: set requires_grad=True on some")
         try:
-            self._batches = Batches(loader, loss if by_weight else None)
-            self.operator = HessianLinearOperator(model, loss, self._parameters, self._batches)
+            self._batches = Batches(loader, adapt)
+            mean, summed = 1.0, copy.deepcopy(loss)
+            if reduction != "sum":
+                mean = sum(terms(loss, y) for _, y in self._batches)
+                vars(summed).update(reduction="sum")
+            if not mean > 0:
+                raise ValueError("the data has no label that counts: all are ignored, or weigh nothing")
+            self.operator = (1.0 / mean) * HessianLinearOperator(model, summed, self._parameters, self._batches)
         except RuntimeError as error:
             raise ValueError(
                 f"model or data do not repeat themselves: call model.eval(), no random augmentation. curvlinops says: {error}"
