@@ -202,3 +202,86 @@ def test_unequal_sizes_and_unreadable_images(home):
     (home / "zoo" / "train" / "cat" / "0.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"cannot read the image .*0\.png"):
         data.load("zoo", side=8)
+
+
+# -- what people's folders hold ----------------------------------------------------------------------------------------
+
+
+def test_sixteen_bits(home):
+    """A 16-bit grey image is as bright as its 8-bit copy; Pillow's own conversion makes it white."""
+    values = np.linspace(0, 255, 100).astype(np.uint8).reshape(10, 10)
+    for bits, array in ((8, values), (16, values.astype(np.uint16) * 257)):
+        folder = home / f"gray{bits}" / "train" / "a"
+        folder.mkdir(parents=True)
+        Image.fromarray(array).save(folder / "0.png")
+    eight, sixteen = (data.load(f"gray{bits}").x for bits in (8, 16))
+    assert torch.equal(eight, sixteen) and 0.4 < sixteen.mean() < 0.6
+    Image.fromarray(values.astype(np.float32) / 255).save(home / "gray16" / "train" / "a" / "0.tiff")
+    with pytest.raises(ValueError, match=r"0\.tiff: its pixels are floating point"):
+        data.load("gray16")
+
+
+def test_a_class_has_one_number_in_every_split(home):
+    import shutil
+
+    write_tree(home / "zoo")
+    shutil.rmtree(home / "zoo" / "test" / "cat")
+    train, test = data.load("zoo", side=8), data.load("zoo", "test", side=8)
+    assert train.classes == test.classes == ["cat", "dog", "eel"]
+    assert test.y.unique().tolist() == [1, 2]
+
+
+def test_hidden_folders_and_files_are_no_data(home):
+    write_tree(home / "zoo")
+    for hidden in (home / "zoo" / ".git", home / "zoo" / "train" / ".ipynb_checkpoints"):
+        hidden.mkdir()
+        Image.new("RGB", (9, 9)).save(hidden / "0-checkpoint.png")
+    (home / "zoo" / "train" / "cat" / "._0.png").write_bytes(b"a resource fork")
+    images = data.load("zoo", side=8)
+    assert images.classes == ["cat", "dog", "eel"] and len(images.y) == 12
+
+
+def test_folders_without_images(home):
+    (home / "empty" / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(data.DataNotFound, match="hold no images"):
+        data.load("empty")
+    write_tree(home / "zoo")
+    assert data.load("empty", fallback="zoo", side=8).name == "zoo (stand-in: empty not found)"
+
+
+def test_a_half_unpacked_cifar(home):
+    (home / CIFAR10.base_folder).mkdir()
+    (home / CIFAR10.base_folder / "data_batch_1").write_bytes(b"half")
+    with pytest.raises(data.DataNotFound, match=r"cifar-10-batches-py is not whole .* or remove it"):
+        data.load("cifar10")
+    assert data.load("cifar10", fallback="digits").name == "digits (stand-in: cifar10 not found)"
+
+
+def test_a_place_that_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HINV_DATA", str(tmp_path / "file"))
+    with pytest.raises(data.DataNotFound, match="no train images of 'zoo' below"):
+        data.load("zoo")
+
+
+def test_an_archive_that_would_write_elsewhere(home, monkeypatch):
+    import hashlib
+
+    archive = home / "source.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        info = tarfile.TarInfo("../outside")
+        info.size = 1
+        file.addfile(info, io.BytesIO(b"x"))
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", archive.as_uri())
+    with pytest.raises(data.DataNotFound, match="outside"):
+        data.load("cifar10")
+    assert not (home.parent / "outside").exists() and [p.name for p in home.iterdir()] == ["source.tar.gz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nbroken", b"no image at all"])
+def test_a_broken_image_is_named(home, content):
+    write_tree(home / "zoo")
+    (home / "zoo" / "train" / "dog" / "1.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog.1\.png"):
+        data.load("zoo", side=8)

@@ -8,9 +8,11 @@ CIFAR-10 and Imagenette are then downloaded; ImageNet cannot be (what torchvisio
 import http.client
 import os
 import shutil
+import tarfile
 import tempfile
 import time
 import urllib.request
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, ImageFolder, Imagenette
+from torchvision.datasets import CIFAR10, Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_md5
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
@@ -225,26 +228,16 @@ def _digits(split: str) -> Found:
 
 def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeout: float) -> Found:
     home = folder()
-    if name == "cifar10":
-        for root in (home, home / name):
-            if (root / CIFAR10.base_folder).is_dir():
-                return _official_cifar10(root, split)
-    relatives = sorted(home.glob(f"{name}-*")) if Path(name).name == name else []
-    candidates = [home / name, *relatives, Path(name)]
-    for candidate in candidates:
-        if not (candidate.is_dir() and any(entry.is_dir() for entry in candidate.iterdir())):
-            continue
-        # the first folder that fits is the data set: another one is never mixed in for a split that this one lacks
-        if any((candidate / s).is_dir() for s in SPLITS):
-            part = next((candidate / s for s in SPLITS[split] if (candidate / s).is_dir()), None)
-            if part is None:
-                raise DataNotFound(
-                    f"{candidate} has no {split} images: it holds {', '.join(s for s in SPLITS if (candidate / s).is_dir())}"
-                )
-        else:
-            part = candidate
-        files = ImageFolder(str(part))
-        return [path for path, _ in files.samples], np.array(files.targets), files.classes, candidate.name
+    try:
+        found = _on_disk(name, split, home)
+    except OSError as error:
+        if isinstance(error, DataNotFound):
+            raise
+        raise DataNotFound(
+            f"{home} cannot be searched for '{name}': {error}. Point HINV_DATA to a folder that can be read"
+        ) from error
+    if found is not None:
+        return found
     archive = _archives().get(name)
     if archive and download:
         _download(name, archive, home, mirrors, timeout)
@@ -256,8 +249,52 @@ def _find(name: str, split: str, download: bool, mirrors: tuple[str, ...], timeo
     )
 
 
+def _on_disk(name: str, split: str, home: Path) -> Found | None:
+    if name == "cifar10":
+        for root in (home, home / name):
+            if (root / CIFAR10.base_folder).is_dir():
+                return _official_cifar10(root, split)
+    relatives = sorted(home.glob(f"{name}-*")) if Path(name).name == name else []
+    candidates = [home / name, *relatives, Path(name)]
+    for candidate in candidates:
+        if not (candidate.is_dir() and _folders(candidate)):
+            continue
+        # the first folder that fits is the data set: another one is never mixed in for a split that this one lacks
+        if any((candidate / s).is_dir() for s in SPLITS):
+            part = next((candidate / s for s in SPLITS[split] if (candidate / s).is_dir()), None)
+            if part is None:
+                raise DataNotFound(
+                    f"{candidate} has no {split} images: it holds {', '.join(s for s in SPLITS if (candidate / s).is_dir())}"
+                )
+        else:
+            part = candidate
+        # a class has one number in every split, also where one of them lacks it
+        splits = [candidate / s for s in SPLITS if (candidate / s).is_dir()] or [part]
+        classes = sorted({folder.name for one in splits for folder in _folders(one)})
+        numbers = {c: i for i, c in enumerate(classes) if (part / c).is_dir()}
+        samples = [
+            (path, label)
+            for path, label in make_dataset(str(part), numbers, IMG_EXTENSIONS, allow_empty=True)
+            if not Path(path).name.startswith(".")
+        ]
+        if not samples:
+            raise DataNotFound(f"the class folders in {part} hold no images ({', '.join(IMG_EXTENSIONS)})")
+        return [path for path, _ in samples], np.array([label for _, label in samples]), classes, candidate.name
+    return None
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in a folder; hidden ones, as tools leave behind, are none."""
+    return [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
 def _official_cifar10(root: Path, split: str) -> Found:
-    data = CIFAR10(str(root), train=split == "train", download=False)
+    try:
+        data = CIFAR10(str(root), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise DataNotFound(
+            f"{root / CIFAR10.base_folder} is not whole (a file is missing, or its md5 sum is wrong): complete it, or remove it and it is fetched again"
+        ) from error
     return list(data.data), np.array(data.targets), data.classes, "cifar10"
 
 
@@ -292,7 +329,7 @@ def _download(name: str, archive: Archive, home: Path, mirrors: tuple[str, ...],
                 shutil.unpack_archive(file, work, filter="data")
                 os.replace(Path(work) / archive.inside, home / archive.folder)
                 return
-            except (OSError, ValueError, http.client.HTTPException, shutil.ReadError) as error:
+            except (OSError, ValueError, http.client.HTTPException, tarfile.TarError, zlib.error, EOFError) as error:
                 problems.append(f"{urlparse(url).hostname}: {error}")
     raise DataNotFound(
         f"'{name}' is not below {home} and could not be downloaded ({'; '.join(problems)}). Three ways: (1) put {archive.inside} or a "
@@ -328,13 +365,27 @@ def _balanced(labels: Int[np.ndarray, " n"], n: int | None, seed: int, found: st
     return np.lexsort((turn[labels], rank))[:n].tolist()
 
 
+def _bytes(image: Image.Image) -> np.ndarray:
+    """(h, w, 3) of bytes. Pillow's own conversion of 16-bit images makes all that exceeds 255 white."""
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"its values run from {gray.min()} to {gray.max()}: images of 8 or 16 bits are known")
+        return np.repeat((gray / 257.0).round().astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating point numbers, of which the range is not known: save it with 8 or 16 bits"
+        )
+    return np.array(image.convert("RGB"))
+
+
 def _picture(picture: Picture, gray: bool, side: int | None) -> Float[Tensor, "channels height width"]:
     """A path, an array (h, w, 3) of bytes, or a tensor -> (channels, h, w) in [0, 1]."""
     if isinstance(picture, str):
         try:
             with Image.open(picture) as image:
-                picture = np.array(image.convert("RGB"))
-        except OSError as error:
+                picture = _bytes(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             raise ValueError(f"cannot read the image {picture}: {error}") from error
     if isinstance(picture, np.ndarray):
         picture = torch.from_numpy(picture).permute(2, 0, 1).double() / 255.0
