@@ -29,7 +29,8 @@ class Curvature(Matrix):
         super().__init__(Chain(model, loss, inputs, targets, check), self.gauss_newton)
         if check:
             verify(self, model, loss)
-        if check and self.gauss_newton and losses.linear(self.chain.loss, self.chain.outputs, self.chain.targets):
+        at = self.chain.loss, self.chain.outputs, self.chain.targets
+        if check and self.gauss_newton and losses.diagonal_minus_rank_one(*at) is None and losses.linear(*at):
             warnings.warn(
                 "the loss is linear in the model's outputs, so the Gauss-Newton matrix is zero: let the model put out logits, and the loss take the "
                 "logarithm (CrossEntropyLoss)",

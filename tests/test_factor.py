@@ -641,3 +641,50 @@ def test_what_goes_back_to_a_wide_input_is_not_formed():
     with Largest() as seen:
         G.diagonal()
     assert seen.numbers <= max(batch * wide, G.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "1000", "a/b/memory.current": "400", "a/b/memory.stat": "anon 1\ninactive_file 50\n"},
+            650,
+        ),
+        (
+            "0::/a/b\n",
+            {"a/memory.max": "900", "a/memory.current": "400", "a/memory.stat": "inactive_file 0\n"},
+            500,
+        ),  # of the group above
+        ("0::/\n", {"memory.max": "max", "memory.current": "1", "memory.stat": "inactive_file 0\n"}, math.inf),
+        (
+            "5:cpu:/x\n4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": "800",
+                "memory/a/memory.usage_in_bytes": "100",
+                "memory/a/memory.stat": "total_inactive_file 30\n",
+            },
+            730,
+        ),
+        (
+            "4:memory:/not/mounted\n",
+            {
+                "memory/memory.limit_in_bytes": "800",
+                "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "inactive_file 0",
+            },
+            0,
+        ),
+        ("", {}, math.inf),
+    ],
+    ids=["v2", "v2, parent", "v2, no limit", "v1", "v1 in a container", "none"],
+)
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, own, files, left):
+    (tmp_path / "self").write_text(own)
+    for name, content in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert estimate.left_to_the_container(tmp_path / "groups", tmp_path / "self") == left
+    monkeypatch.setattr(estimate, "left_to_the_container", lambda: left)
+    assert estimate.available(torch.device("cpu")) <= left

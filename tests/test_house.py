@@ -15,7 +15,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a module knows those before it (and its own room); both rooms of one line stand side by side
 FLOORS = [
-    {"errors", "shapes", "html", "modes", "vectors"},
+    {"errors", "shapes", "html", "modes"},
+    {"vectors"},
     {"network"},
     {"paper", "solver"},
     {"solve", "spectrum"},
@@ -28,6 +29,7 @@ ONLY = {  # who alone may import what is heavy, or is an extra
     **{key: {"companion/figures.py"} for key in ("matplotlib", "seaborn")},
     **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},
     **{key: {"companion/reproduce.py"} for key in ("papermill", "nbformat")},
+    "filelock": {"companion/checks.py"},
     **{key: {"companion/peers.py", "optim/monitor.py"} for key in ("pyhessian", "hessian_eigenthings")},
     "backpack": {"companion/peers.py"},
     "curvlinops": {"companion/peers.py", "spectrum/dataset.py"},

@@ -1,5 +1,6 @@
 """Counts, certified eigenvalues, trace, diagonal and blocks against the dense matrix."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, NAMES, build, reference_hessian, relative
@@ -76,12 +77,35 @@ def test_bad_edges_and_shifts_on_eigenvalues():
     for edges in ([0.1], [0.2, 0.1], [0.1, 0.1], [0.0, float("nan")]):
         with pytest.raises(ValueError, match="edges must be at least two increasing numbers"):
             H.counts(edges)
-    for call in (H.count_below, lambda s: H.counts([-1.0, s]), lambda s: H.eigsh(1, sigma=s)):
+    for call in (H.count_below, lambda s: H.eigsh(1, sigma=s)):
         with pytest.raises(SingularShiftError, match="minus an eigenvalue"):
             call(2.0)
     assert (H.count_below(1.99), H.count_below(2.01)) == (0, 2)
     with pytest.raises(ValueError, match="finite number"):
         H.count_below(float("nan"))
+
+
+@pytest.mark.parametrize("edges", [[-1.0, 2.0, 3.0], [1.0, 2.0], [2.0, 2.5], [0.0, 1.0, 2.0, 4.0]])
+def test_an_eigenvalue_on_an_edge_belongs_to_the_bin_on_its_right(edges):
+    """And on the last edge to the last bin, as numpy.histogram has it: H = 2 I."""
+    two = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
+    H = Hessian(two, nn.MSELoss(reduction="sum"), torch.eye(2).double(), torch.zeros(2, 1).double())
+    with pytest.warns(CertificateWarning, match="the edge 2 is an eigenvalue, or next to one: counted at"):
+        found = H.counts(edges)
+    assert found.tolist() == np.histogram([2.0, 2.0], edges)[0].tolist()
+
+
+def test_zero_as_an_edge():
+    """Where the batch leaves weights without curvature, zero is an eigenvalue many times over."""
+    torch.manual_seed(0)
+    H = Hessian(tall_skinny((5, 4, 4, 3)), nn.CrossEntropyLoss(), torch.randn(3, 5).double(), torch.arange(3))
+    values = torch.linalg.eigvalsh(H.dense())
+    values = torch.where(values.abs() < 1e-12, 0.0, values)
+    assert (values == 0).sum() > 3
+    edges = torch.linspace(-1, 1, 65).double()
+    with pytest.warns(CertificateWarning, match="the edge 0 is an eigenvalue"):
+        found = H.counts(edges)
+    assert found.tolist() == np.histogram(values.cpu(), edges.cpu())[0].tolist()
 
 
 # -- eigenvalues -------------------------------------------------------------------------------------------------------

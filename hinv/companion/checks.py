@@ -11,12 +11,15 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hinv.shapes import Float
@@ -72,6 +75,23 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(path: Path, doing: str) -> Generator[bool, None, None]:
+    """One process at a time: a second one waits, and says so. True for one that had to wait. The lock goes with the process, however that ends."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        waited = False
+    except Timeout:
+        warnings.warn(f"another process is {doing} ({path}): waiting until it is done", UserWarning, stacklevel=3)
+        lock.acquire()
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 class Claims:

@@ -19,7 +19,7 @@ import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from hinv.companion.checks import ROOT, output, write_atomically
+from hinv.companion.checks import ROOT, alone, output, write_atomically
 
 NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 PROFILES = ("quick", "full")
@@ -104,8 +104,17 @@ def run(notebook: Path, parameters: dict[str, Any] | None = None, build: Path | 
     folder.mkdir(parents=True, exist_ok=True)
     done, failed = folder / notebook.name, folder / f"{notebook.stem}.failed.ipynb"
     working = folder / f"{notebook.stem}.running.ipynb"
-    for stale in (done, failed, output("results") / f"{notebook.stem[:2]}.json"):
-        stale.unlink(missing_ok=True)
+    with alone(folder / f"{notebook.stem}.lock", f"running {notebook.name}") as waited:
+        if waited and done.exists():
+            return done
+        for stale in (done, failed, output("results") / f"{notebook.stem[:2]}.json"):
+            stale.unlink(missing_ok=True)
+        _execute(notebook, working, failed, parameters)
+        working.replace(done)
+    return done
+
+
+def _execute(notebook: Path, working: Path, failed: Path, parameters: dict[str, Any]) -> None:
     try:
         options: dict[str, Any] = {
             "engine_name": "plain",
@@ -119,8 +128,6 @@ def run(notebook: Path, parameters: dict[str, Any] | None = None, build: Path | 
         if working.exists():
             working.replace(failed)
         raise
-    working.replace(done)
-    return done
 
 
 def rows() -> list[dict[str, Any]]:
@@ -151,18 +158,14 @@ def _failure(notebook: Path) -> str:
     if not failed.exists():
         ran = (BUILD / "notebooks" / notebook.name).exists()
         return f"{notebook.name} {'ran but left no claims in results/' if ran else 'did not run'}"
-    errors = [
-        o
-        for c in nbformat.read(failed, 4).cells
-        if c.cell_type == "code"
-        for o in c.outputs
-        if o.output_type == "error"
-    ]
-    reason = (
-        f"{errors[-1].ename}: {errors[-1].evalue.splitlines()[0]}"
-        if errors and errors[-1].evalue
-        else "see its traceback"
-    )
+    cells = [c for c in nbformat.read(failed, 4).cells if c.cell_type == "code"]
+    errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
+    if errors and errors[-1].evalue:
+        reason = f"{errors[-1].ename}: {errors[-1].evalue.splitlines()[0]}"
+    else:
+        ended = [c.metadata.get("papermill", {}).get("status") == "completed" for c in cells]
+        cell = ended.index(False) + 1 if False in ended else len(cells)
+        reason = f"its kernel ended in cell {cell} of {len(cells)}: was it killed for memory? PROFILE=quick needs least; fewer images or a smaller batch less still"
     return f"{notebook.name} failed ({reason}); kept as {failed.relative_to(ROOT)}"
 
 

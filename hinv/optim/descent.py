@@ -65,6 +65,11 @@ class Descent:
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if {id(p) for p in held} != {id(p) for p in self.parameters}:
             raise ValueError("the optimizer must hold exactly the model's trainable parameters: build it from them")
+        if isinstance(self.optimizer, torch.optim.LBFGS) and type(self) is not GradientDescent:
+            raise TypeError(
+                "LBFGS finds its own direction by evaluating the loss, and takes none: give an optimizer that steps along a gradient (SGD, Adam), or "
+                "use GradientDescent with LBFGS"
+            )
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be a positive number or None, not {clip}")
         self.clip = clip
@@ -126,11 +131,15 @@ class GradientDescent(Descent):
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
         start = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss = losses.value(self.loss, self.model(inputs), targets)
-            loss.backward()
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
-        return StepReport(loss.item(), seconds=time.perf_counter() - start)
+
+        def closure() -> Any:  # LBFGS calls it several times in a step, the others once
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss = losses.value(self.loss, self.model(inputs), targets)
+                loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            return loss
+
+        loss: Any = self.optimizer.step(closure)
+        return StepReport(float(loss), seconds=time.perf_counter() - start)

@@ -8,6 +8,7 @@ import functools
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -130,15 +131,49 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     return Estimate(P, batch, method, cost, size, overhead)
 
 
-def available(device: torch.device) -> int:
+def available(device: torch.device) -> float:
     """Bytes that can be allocated on the device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            machine = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, left_to_the_container())
+
+
+def left_to_the_container(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes until the memory limit of this process's control group, or of one above it (Linux, versions 1 and 2); infinite without one.
+
+    Page cache that can be dropped does not count as used.
+    """
+    left = float("inf")
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return left
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, usage = (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+        if not controllers:  # version 2
+            root, limit, usage = groups, "memory.max", "memory.current"
+        # inside a container its own group may be mounted as the root
+        inside = [root / path.lstrip("/"), *(root / path.lstrip("/")).parents]
+        for group in [folder for folder in inside if folder == root or root in folder.parents]:
+            try:
+                allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+                cache = next(
+                    int(line.split()[1])
+                    for line in (group / "memory.stat").read_text().splitlines()
+                    if line.split()[0] in ("inactive_file", "total_inactive_file")
+                )
+            except (OSError, ValueError, StopIteration):
+                continue
+            if allowed != "max":
+                left = min(left, max(0, int(allowed) - used + cache))
+    return left
 
 
 def require(prediction: Estimate, method: str, device: torch.device) -> None:
@@ -151,6 +186,6 @@ def require(prediction: Estimate, method: str, device: torch.device) -> None:
     if need > free:
         raise MemoryError(
             f"method '{method}' on {prediction.parameters:,} parameters and a batch of {prediction.batch} needs about {need:,} bytes; "
-            f"{free:,} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "
+            f"{free:,.0f} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "
             "float32, or an iterative method ('minres')"
         )

@@ -1,11 +1,12 @@
 """The matrix as the rooms above see it: products, and factorizations of it plus a multiple of the identity."""
 
 import copy
+import functools
 import math
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hinv.modes import exact
 from hinv.network import Chain, losses
@@ -27,7 +28,9 @@ class Matrix(Products):
 
     def __init__(self, chain: Chain, gauss_newton: bool):
         super().__init__(chain, gauss_newton)
-        self.counted: dict[float, int] = {}  # eigenvalues below a shift, kept by `hinv.spectrum`
+        # eigenvalues below a shift, and how uncertain their number is, kept by `hinv.spectrum`
+        self.counted: dict[float, int] = {}
+        self.uncertain: dict[float, float] = {}
         self._structures: dict[torch.dtype, Structure] = {}
         self._convex: bool | None = None
         self._others: dict[torch.dtype, Matrix] = {}  # the same in another dtype
@@ -64,7 +67,10 @@ class Matrix(Products):
             require(prediction, "dual", self.device)
             return Dual(converted(self.chain, dtype), damping)
         require(prediction, "factor", self.device)
-        return Factor(self.structure(dtype), damping, lambda v: self.cast(dtype) @ v)
+        return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_structures": {}, "_others": {}}
 
     @exact()
     def structure(self, dtype: torch.dtype) -> Structure:
@@ -91,6 +97,10 @@ class Matrix(Products):
         if self._convex is None:
             self._convex = losses.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
         return self._convex
+
+
+def _multiplied(H: Matrix, dtype: torch.dtype, v: Tensor) -> Tensor:
+    return H.cast(dtype) @ v
 
 
 def checked_damping(damping: float) -> float:

@@ -44,17 +44,32 @@ class Products:
 
     def __init__(self, chain: Chain, gauss_newton: bool):
         self.chain, self.gauss_newton = chain, gauss_newton
+        self._record()
+
+    def _record(self) -> None:
+        """Autograd's graphs, which products go back through."""
+        chain = self.chain
         with torch.enable_grad():
             self._outputs = chain.model(chain.inputs.clone())
             scalar = losses.value(chain.loss, self._outputs, chain.targets)
             # H keeps the gradient's graph: each product with it is one backward pass through that; G needs the outputs' alone
             self._gradient = torch.autograd.grad(
-                scalar, chain.parameters, create_graph=not gauss_newton, retain_graph=True, materialize_grads=True
+                scalar, chain.parameters, create_graph=not self.gauss_newton, retain_graph=True, materialize_grads=True
             )
         self.loss = scalar.item()
         self.gradient = flat(self._gradient)
         if not self.gradient.isfinite().all():
             raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
+
+    # graphs do not survive a pickle, and what is made from the chain is made again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_outputs", "_gradient", "multiply")}
+
+    @exact()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._record()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,13 +1,14 @@
 """Exact counts: by Sylvester's law H - s I has as many negative eigenvalues as its factorization has negative pivots."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hinv.errors import SingularShiftError
+from hinv.errors import CertificateWarning, SingularShiftError
 from hinv.shapes import Float, Int
 from hinv.solver.matrix import Matrix
 
@@ -15,7 +16,8 @@ from hinv.solver.matrix import Matrix
 def count_below(H: Matrix, shift: float) -> int:
     shift = float(shift)
     if shift not in H.counted:
-        H.counted[shift] = H.factor(-shift, dtype=torch.float64).inertia[1]
+        F = H.factor(-shift, dtype=torch.float64)
+        H.counted[shift], H.uncertain[shift] = F.inertia[1], getattr(F, "uncertainty", 0.0)
     return H.counted[shift]
 
 
@@ -28,11 +30,37 @@ def counts(H: Matrix, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tenso
     below = []
     try:
         for edge in tqdm(edges, desc="counting eigenvalues", unit="edge", delay=3, leave=False, disable=None):
-            below.append(count_below(H, edge))
+            below.append(_below_edge(H, edge, last=edge == edges[-1]))
     except KeyboardInterrupt as stop:
         stop.add_note(f"{len(below)} of {len(edges)} edges are counted and kept: the same call goes on from there")
         raise
     return torch.tensor(below, device="cpu").diff()
+
+
+BESIDE = (1e-12, 1e-11, 1e-10, 1e-9, 1e-8)  # of the norm of H: how far beside an edge that is an eigenvalue is counted
+
+
+def _below_edge(H: Matrix, edge: float, last: bool) -> int:
+    """How many eigenvalues lie below an edge; where one lies on it, by a count just beside, so that it belongs to the bin on its right (to the last bin at
+    the last edge), as numpy.histogram has it."""
+    try:
+        return count_below(H, edge)
+    except SingularShiftError as error:
+        scale = max(size(H), abs(edge))
+        for share in BESIDE:
+            beside = edge + (share if last else -share) * scale
+            try:
+                found = count_below(H, beside)
+            except SingularShiftError:
+                continue
+            side = "below" if last else "above"
+            warnings.warn(
+                f"the edge {edge:g} is an eigenvalue, or next to one: counted at {beside:.17g}, so that what lies between counts as {side} it",
+                CertificateWarning,
+                stacklevel=5,
+            )
+            return found
+        raise error
 
 
 def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:

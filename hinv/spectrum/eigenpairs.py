@@ -168,10 +168,10 @@ class _Region:
         worst = self.measure(values).min().item()
         outer, enough = self._beyond(worst, -margin)
         if enough == len(values):
-            return 0, f"{enough} eigenvalues {self.describe(outer)} by inertia, {len(values)} found"
+            return 0, f"{enough} eigenvalues {self.describe(outer)} by inertia, {len(values)} found{self.certain()}"
         inner, exact = self._beyond(worst, margin)
         found = int((self.measure(values) > inner).sum())
-        note = f"{exact} eigenvalues {self.describe(inner)} by inertia, {found} found; {enough} {self.describe(outer)}"
+        note = f"{exact} eigenvalues {self.describe(inner)} by inertia, {found} found; {enough} {self.describe(outer)}{self.certain()}"
         return max(exact - found, len(values) - enough, 0) or -int(exact < found), note
 
     def _beyond(self, worst: float, margin: float) -> tuple[float, int]:
@@ -193,6 +193,10 @@ class _Region:
         if self.which == "SA":
             return count_below(H, -t)
         return P if t <= 0 else P - count_below(H, t) + count_below(H, -t)
+
+    def certain(self) -> str:
+        """How far the counts are from being wrong: the inequality of `Factor.uncertainty`, |E (H - s I)^-1| < 1, at the worst shift counted so far."""
+        return f"; rounding errors at most {max(self.H.uncertain.values(), default=0.0):.0e} of what would move a count"
 
     def describe(self, t: float) -> str:
         if self.sigma is not None:

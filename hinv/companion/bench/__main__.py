@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hinv.companion.checks import commit, output, write_atomically
+from hinv.companion.checks import alone, commit, output, write_atomically
 
 from . import device as gpu
 from . import figures as f
@@ -68,12 +68,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hinv.companion.bench", description=__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     device = parser.parse_args().device
-    if device.type == "cpu":
-        on_the_cpu()
-    elif device.type == "cuda" and torch.cuda.is_available():
-        on_a_gpu(device)
-    else:
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
         parser.error(f"there is no {device} here")
+    with alone(output("results") / "bench.lock", "measuring"):  # two at once would measure each other
+        if device.type == "cpu":
+            on_the_cpu()
+        else:
+            on_a_gpu(device)
     return 0
 
 

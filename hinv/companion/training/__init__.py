@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hinv.companion.checks import alone
+
 from .config import Config
 from .folder import Folder, home, key
 from .images import images
@@ -92,11 +94,14 @@ def run(config: Config, folder: Path | None = None, writer: Any = None, progress
         writer: a TensorBoard SummaryWriter, or anything with add_scalar(tag, value, step).
         progress: a bar with the time left, after a line with the memory that a step needs.
 
+    A second process that wants the same run waits for the first one.
+
     Warns:
-        UserWarning: a damaged checkpoint, by name (the one before it is used); a run that ends in NaN (its weights are the last good ones).
+        UserWarning: a damaged file, by name (what is whole is used, the rest is made again); a run that ends in NaN (its weights are the last good ones);
+            another process at the same run.
 
     Raises:
-        ValueError: an unknown option; a folder of another run; a batch larger than the data. DataNotFound: see `hinv.companion.data.load`.
+        ValueError: an unknown option; a folder of another run, or whose config.json is damaged; a batch larger than the data. DataNotFound: see `hinv.companion.data.load`.
         MemoryError: a step would not fit. OSError: metrics or checkpoints cannot be written; what was written before stays valid, and the same
             call goes on from the last checkpoint.
     """
@@ -105,10 +110,15 @@ def run(config: Config, folder: Path | None = None, writer: Any = None, progress
     random_state = torch.get_rng_state()
     try:
         session = Session(config, found, files)  # refuses what it cannot do before anything is written
-        files.claim(config, found)
-        if files.done is None:
-            session.train(writer, progress)
-        return _read(session)
+        if files.done is not None:  # read, also from where nothing can be written
+            files.claim(config, found)
+            return _read(session)
+        files.path.mkdir(parents=True, exist_ok=True)
+        with alone(files.path / "lock", "training this run"):
+            files.claim(config, found)
+            if files.done is None:
+                session.train(writer, progress)
+            return _read(session)
     finally:
         torch.set_rng_state(random_state)
 

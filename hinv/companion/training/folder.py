@@ -42,8 +42,20 @@ def home() -> Path:
     return Path(os.environ["HINV_RUNS"]) if "HINV_RUNS" in os.environ else output("results") / "runs"
 
 
+def read(file: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None, with a warning that names it, if it is damaged."""
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:  # not JSON, or not text
+        record = None
+    if not isinstance(record, dict):
+        warnings.warn(f"{file} is damaged: what it held is made again", UserWarning, stacklevel=6)
+        return None
+    return record
+
+
 class Folder:
-    """config.json, metrics.jsonl, step-N-HASH.pt (two of them), done.json."""
+    """config.json, metrics.jsonl, step-N-HASH.pt (two of them), done.json; lock, of the process at work."""
 
     def __init__(self, path: Path):
         self.path, self.metrics = path, path / "metrics.jsonl"
@@ -60,8 +72,14 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(record, indent=1) + "\n")
             return
-        there = json.loads(file.read_text())
-        if there["key"] != record["key"]:
+        there = read(file)
+        if there is None or "key" not in there:
+            if self.path.name != record["key"]:
+                raise ValueError(
+                    f"{file} is damaged, so whose run {self.path} holds is not known: remove the folder, or use another one"
+                )
+            write_atomically(file, json.dumps(record, indent=1) + "\n")
+        elif there["key"] != record["key"]:
             old, new = there["config"], json.loads(json.dumps(record["config"]))
             differ = [
                 f"{name} {old.get(name)!r} instead of {new[name]!r}" for name in new if old.get(name) != new[name]
@@ -72,9 +90,35 @@ class Folder:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """How the run ended; None if it has not."""
+        """How the run ended; None if it has not, or if what it left is damaged so that it must go on."""
         file = self.path / "done.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        record = read(file) if file.exists() else None
+        if record is None or self.whole_metrics() < self.metrics.stat().st_size:
+            return None
+        return record
+
+    def whole_metrics(self) -> int:
+        """How many bytes of metrics.jsonl are whole lines, and what follows is not; with a warning where that is more than the half line of a crash."""
+        good = 0
+        if not self.metrics.exists():
+            return good
+        content = self.metrics.read_bytes()
+        for line in content.splitlines(keepends=True):
+            try:
+                whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+            except ValueError:
+                whole = False
+            if not whole:
+                break
+            good += len(line)
+        if b"\n" in content[good:]:
+            number = content[:good].count(b"\n") + 1
+            warnings.warn(
+                f"{self.metrics} is damaged in line {number}: going on from the checkpoint before it",
+                UserWarning,
+                stacklevel=6,
+            )
+        return good
 
     def finish(self, record: dict[str, Any]) -> None:
         write_atomically(self.path / "done.json", json.dumps(record, indent=1) + "\n")
@@ -86,7 +130,7 @@ class Folder:
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """The metrics of one kind, "step" or "validation"."""
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.metrics.read_bytes().splitlines()]
         return [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == kind]
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -109,11 +153,15 @@ class Folder:
             old.unlink()
 
     def newest(self, device: str) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole."""
+        """The newest checkpoint that is whole, and whose metrics are."""
+        metrics = self.whole_metrics()
         for path in self._checkpoints():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
-                return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+                state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+                if state["offset"] <= metrics:
+                    return state
+                continue
             warnings.warn(
                 f"checkpoint {path} is damaged (its digest differs): using the one before it", UserWarning, stacklevel=5
             )

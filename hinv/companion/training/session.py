@@ -108,7 +108,9 @@ class Session:
             return None
         self.good = before
         rate = self.descent.optimizer.param_groups[0]["lr"]
-        if self.schedule is not None:
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(report.loss)  # the loss of the batch
+        elif self.schedule is not None:
             self.schedule.step()
         self.seconds += time.perf_counter() - start
         record = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
