@@ -20,7 +20,7 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test check bench cuda wheel lab clean
+.PHONY: help setup reproduce notebooks parameters test check bench fuzz cuda wheel lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,6 +62,12 @@ test: check  ## make check, and nbval on every notebook (results of make reprodu
 
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
 	$(PY) -m hinv.companion.bench
+
+SECONDS ?= 600
+SEED    ?= 0
+
+fuzz: $(STAMP)  ## random networks and calls against dense matrices (SECONDS=600, SEED=0), results/fuzz.json
+	$(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 # tests of what has no device of its own to care for (training, notebooks, peers) run on the CPU alone
 ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain

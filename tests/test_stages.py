@@ -9,7 +9,7 @@ from conftest import ElementaryLayerNorm, build, relative
 from torch import nn
 
 from hinv.network import losses
-from hinv.network.blocks import check_against_autograd, derivatives, fuse
+from hinv.network.blocks import check_against_autograd, check_symmetry, derivatives, fuse
 from hinv.network.chain import Chain
 
 CASES = [
@@ -147,8 +147,8 @@ def test_derivatives_that_autograd_denies_are_refused():
 
 
 @pytest.mark.parametrize("name", ["grad", "jacrev"])
-def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
-    """Not only does the check work: it is made. torch.func's answers are falsified by one percent."""
+def test_where_torch_func_is_wrong_autograd_takes_its_place(monkeypatch, name):
+    """Not only does the check work: it is made. torch.func's answers are falsified by one percent, and the blocks are right all the same."""
     chain = Chain(*build("layernorm"))
     stage = next(s for s in chain.stages if s.name == "1")
     honest = getattr(torch.func, name)
@@ -158,8 +158,20 @@ def test_wrong_torch_func_rules_are_caught(monkeypatch, name):
         return lambda *x: torch.utils._pytree.tree_map(lambda t: 1.01 * t, function(*x))
 
     monkeypatch.setattr(f"hinv.network.blocks.{name}", scaled)
-    with pytest.raises(RuntimeError, match="disagree"):
-        derivatives(stage)
+    blocks = derivatives(stage)
+    monkeypatch.undo()
+    for field in ("A", "J", "E", "F", "G"):
+        torch.testing.assert_close(getattr(blocks, field), getattr(derivatives(stage), field))
+
+
+def test_a_derivative_that_is_not_symmetric_is_refused_where_only_autograd_vouches_for_it():
+    stage = Chain(*build("layernorm")).stages[1]
+    D = derivatives(stage)
+    check_symmetry(stage, D)
+    with pytest.raises(
+        RuntimeError, match=r"stage '1' \(LayerNorm\): its second derivative by autograd is not symmetric"
+    ):
+        check_symmetry(stage, dataclasses.replace(D, G=D.G.triu()))
 
 
 def test_types_and_shapes_are_enforced_while_tests_run():

@@ -18,7 +18,8 @@ from hinv.errors import NotFiniteError
 from hinv.shapes import Float
 
 from . import losses
-from .door import check_independent, check_model, check_tensors, check_twice, flatten
+from .blocks import check_twice
+from .door import check_independent, check_model, check_tensors, flatten
 from .stages import Stage, differentiate
 
 

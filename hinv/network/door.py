@@ -1,6 +1,5 @@
 """What the structure cannot take is refused here, by name and with the remedy, so that nothing behind this door needs to check again."""
 
-import dataclasses
 from typing import TypeGuard
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from hinv.errors import NotFiniteError
 
-from .blocks import products_agree
 from .stages import Stage
 
 
@@ -117,19 +115,3 @@ def check_independent(stage: Stage) -> None:
             f"{stage} mixes samples (or is random): a sample's output changes with the rest of the batch, so the "
             "derivatives are not one block per sample; use a module that treats samples independently"
         )
-
-
-def check_twice(stage: Stage) -> None:
-    """A general module must be differentiable twice, by rules that are right: on its first two samples double backward is symmetric, and torch.func,
-    where it has rules, says the same. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.
-
-    Raises:
-        ValueError: naming the stage, with torch's reason.
-    """
-    few = dataclasses.replace(stage, inputs=stage.inputs[:2], outputs=stage.outputs[:2], b=stage.b[:2])
-    try:
-        products_agree(few)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"{stage} cannot be differentiated twice; write it with elementary operations. torch says: {error}"
-        ) from error

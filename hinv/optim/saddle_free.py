@@ -68,7 +68,7 @@ class SaddleFreeNewton(Preconditioned):
             values, self._vectors = torch.linalg.eigh(H.dense())
             self._rest = 0.0
         else:
-            v0 = (g / g.norm()).cpu().double().numpy()
+            v0 = (g if g.any() else torch.ones_like(g)).cpu().double().numpy()
             try:
                 values, vectors = eigsh(H.to_scipy(), self.pairs, which="LM", tol=0.1, v0=v0)
             except ArpackError as error:

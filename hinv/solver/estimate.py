@@ -131,6 +131,11 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     return Estimate(P, batch, method, cost, size, overhead)
 
 
+SMALL_NEED = (
+    2**24
+)  # bytes that are not asked for: finding out what is free takes as long as eliminating ten narrow stages
+
+
 def available(device: torch.device) -> float:
     """Bytes that can be allocated on the device now."""
     if device.type == "cuda":
@@ -182,8 +187,8 @@ def require(prediction: Estimate, method: str, device: torch.device) -> None:
     Raises:
         MemoryError: parameters, batch, bytes needed and free, and what to reduce.
     """
-    need, free = prediction.bytes[method], available(device)
-    if need > free:
+    need = prediction.bytes[method]
+    if need > SMALL_NEED and need > (free := available(device)):
         raise MemoryError(
             f"method '{method}' on {prediction.parameters:,} parameters and a batch of {prediction.batch} needs about {need:,} bytes; "
             f"{free:,.0f} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "

@@ -38,15 +38,19 @@ class Iteration:
         from scipy.sparse import linalg
 
         self._iterate = {"cg": linalg.cg, "minres": linalg.minres}[method]
-        self._method, self._rtol, unshifted = method, rtol, H.to_scipy()
+        self._method, self._rtol = method, rtol
+        dtype, device = H.dtype, H.device
         self._curvature: list[float] = []  # v^T (H + damping I) v met on the way
 
         def matvec(v: np.ndarray) -> np.ndarray:
-            out = unshifted.matvec(v) + damping * v
+            product = H.multiply(
+                torch.from_numpy(v).to(device, dtype)
+            )  # unchecked: after a breakdown v is NaN, and so is what comes out
+            out = product.cpu().numpy() + damping * v
             self._curvature.append(float(v @ out))
             return out
 
-        self._operator = operator(H.shape, unshifted.dtype, matvec=matvec)
+        self._operator = operator(H.shape, H.gradient.cpu().numpy().dtype, matvec=matvec)
 
     def __call__(self, b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         columns = b.reshape(len(b), -1).cpu().numpy()

@@ -83,6 +83,7 @@ class Matrix(Products):
         """The same matrix in float64 arithmetic (itself if it is)."""
         return self.cast(torch.float64)
 
+    @exact()
     def cast(self: M, dtype: torch.dtype) -> M:
         """The same matrix in another dtype, kept."""
         if dtype == self.dtype:

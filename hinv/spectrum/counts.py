@@ -37,6 +37,13 @@ def counts(H: Matrix, edges: Sequence[float] | Float[Tensor, " n"]) -> Int[Tenso
     return torch.tensor(below, device="cpu").diff()
 
 
+DENSE = 3000  # parameters up to which the eigenvalues of the dense matrix settle what no factorization does
+
+
+def _dense(H: Matrix) -> Float[Tensor, " P"]:
+    return torch.linalg.eigvalsh(H.double().dense())
+
+
 BESIDE = (1e-12, 1e-11, 1e-10, 1e-9, 1e-8)  # of the norm of H: how far beside an edge that is an eigenvalue is counted
 
 
@@ -45,22 +52,27 @@ def _below_edge(H: Matrix, edge: float, last: bool) -> int:
     the last edge), as numpy.histogram has it."""
     try:
         return count_below(H, edge)
-    except SingularShiftError as error:
-        scale = max(size(H), abs(edge))
-        for share in BESIDE:
-            beside = edge + (share if last else -share) * scale
+    except SingularShiftError:
+        scale = max(size(H), abs(edge)) or 1.0
+        beside = [edge + (share if last else -share) * scale for share in BESIDE]
+        for shift in beside:
             try:
-                found = count_below(H, beside)
-            except SingularShiftError:
-                continue
-            side = "below" if last else "above"
-            warnings.warn(
-                f"the edge {edge:g} is an eigenvalue, or next to one: counted at {beside:.17g}, so that what lies between counts as {side} it",
-                CertificateWarning,
-                stacklevel=5,
-            )
-            return found
-        raise error
+                found = count_below(H, shift)
+                break
+            except SingularShiftError as refused:
+                error = refused
+        else:
+            if H.shape[0] > DENSE:
+                raise error
+            shift = beside[0]
+            found = int((_dense(H) < shift).sum())
+        warnings.warn(
+            f"the edge {edge:g} is an eigenvalue, or next to one: counted at {shift:.17g}, so that what lies between counts as "
+            f"{'below' if last else 'above'} it",
+            CertificateWarning,
+            stacklevel=5,
+        )
+        return found
 
 
 def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:
@@ -81,7 +93,9 @@ def eigval(H: Matrix, i: int, rtol: float = 1e-8) -> float:
                 middle = _countable(H, low, high)
             except SingularShiftError:
                 if high - low > UNRESOLVED * radius:
-                    raise
+                    if P > DENSE:
+                        raise
+                    return _dense(H)[i].item()
                 break  # a cluster, as of the zeros of weights that the batch does not excite, too tight to count inside
             low, high = (middle, high) if count_below(H, middle) <= i else (low, middle)
             bar.update()
