@@ -1,5 +1,11 @@
 """What a caller has switched on for the whole process does not reach into exact derivatives, and is as it was afterwards."""
 
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -7,7 +13,23 @@ import torch
 from conftest import build, reference_hessian, relative
 from torch import nn
 
-from hinv import GGN, CurvatureMonitor, Hessian, optim, paper, spectrum
+from hinv import GGN, CurvatureMonitor, Eigenpairs, Hessian, optim, paper, spectrum
+from hinv.solver.dual import Dual
+
+
+@contextmanager
+def switched(switch, before):
+    switch(not before)
+    yield
+    switch(before)
+
+
+@contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @contextmanager
@@ -22,6 +44,8 @@ MODES = {
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
+    "deterministic": lambda: switched(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
+    "one thread": lambda: one_thread(),
     "default device": lambda: torch.device("meta"),  # a tensor made without saying where would hold no numbers
     "default dtype": lambda: default_dtype(torch.float16),
 }
@@ -181,3 +205,85 @@ def test_a_model_whose_copy_has_another_gradient_is_refused():
     model = nn.Sequential(nn.Linear(6, 5).double(), Closure(), nn.Linear(5, 4).double())
     with pytest.raises(ValueError, match=r"gradient in '1\.inner\.weight' is not that of its copy"):
         Hessian(model, CE, x, y)
+
+
+# -- other processes ---------------------------------------------------------------------------------------------------
+
+
+def answers(problem):
+    H = Hessian(*problem)
+    return H.solve(H.gradient, 0.1), H.factor(0.1).inertia, H.eigsh(2).values
+
+
+def forked(problem, queue):
+    queue.put([a.tolist() if isinstance(a, torch.Tensor) else a for a in answers(problem)])
+
+
+def test_in_a_forked_worker():
+    """As a data loader's worker, or a pool, has it; after torch's own threads have started in the parent."""
+    problem = build("tanh, cross-entropy")
+    expected = answers(problem)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    worker = context.Process(target=forked, args=(problem, queue))
+    worker.start()
+    step, inertia, values = queue.get(timeout=120)
+    worker.join()
+    assert inertia == expected[1]
+    D = reference_hessian(*problem)
+    step, g = torch.tensor(step, dtype=D.dtype), Hessian(*problem).gradient
+    assert relative(D @ step + 0.1 * step, g) < 1e-7
+    torch.testing.assert_close(torch.tensor(values, dtype=D.dtype), expected[2])
+
+
+SAVED = """
+import pickle, sys, torch
+H, G, F, D, pairs, descent = (pickle.load(open(sys.argv[1], "rb")))
+b = torch.linspace(-1, 1, H.shape[0], dtype=torch.float64)
+torch.save({"H": H @ b, "G": G @ b, "F": F.solve(b), "D": D.solve(b), "inertia": F.inertia, "logdet": D.logdet, "values": pairs.values,
+            "solve": H.solve(b, 0.1), "report": descent.state_dict()["damping"], "repr": repr(pairs)}, sys.argv[2])
+"""
+
+
+def test_pickles_read_by_another_process(tmp_path):
+    """Matrices, a factorization, a dual, eigenpairs and an optimizer: the same answers, to the bit; what is made of tensors passes weights_only."""
+    problem = build("tanh, cross-entropy")
+    H, G = Hessian(*problem), GGN(*problem)
+    F, D, pairs, descent = H.factor(0.1), Dual(G.chain, 0.1), H.eigsh(2), optim.GaussNewton(problem[0], problem[1])
+    with open(tmp_path / "in.pickle", "wb") as file:
+        pickle.dump((H, G, F, D, pairs, descent), file)
+    command = [sys.executable, "-W", "ignore", "-c", SAVED, tmp_path / "in.pickle", tmp_path / "out.pt"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    b = torch.linspace(-1, 1, H.shape[0], dtype=torch.float64)
+    for name, ours in {
+        "H": H @ b,
+        "G": G @ b,
+        "F": F.solve(b),
+        "D": D.solve(b),
+        "solve": H.solve(b, 0.1),
+        "values": pairs.values,
+    }.items():
+        torch.testing.assert_close(out[name], ours.cpu(), rtol=1e-10, atol=1e-14)
+    assert (
+        out["inertia"] == F.inertia
+        and out["logdet"][1] == pytest.approx(D.logdet[1])
+        and out["report"] == descent.damping
+    )
+    torch.save(dataclasses.asdict(pairs), tmp_path / "pairs.pt")
+    again = Eigenpairs(**torch.load(tmp_path / "pairs.pt", weights_only=True))
+    assert torch.equal(again.vectors, pairs.vectors) and again.note == pairs.note
+    torch.save(descent.state_dict(), tmp_path / "state.pt")
+    descent.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_inference_tensors():
+    """Weights made under inference_mode can take part in no derivative: named."""
+    _, loss, x, y = small()
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 4)).double()
+        inside = x.clone()
+    with pytest.raises(ValueError, match="inference"):
+        Hessian(model, loss, x, y)
+    plain = nn.Sequential(nn.Linear(6, 4)).double()
+    assert torch.equal(Hessian(plain, loss, inside, y).gradient, Hessian(plain, loss, x, y).gradient)

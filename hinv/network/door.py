@@ -84,6 +84,11 @@ def check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     if inputs.ndim < 2 or len(inputs) == 0:
         raise ValueError(f"inputs of shape {tuple(inputs.shape)}: give a batch (B, ...) of at least one sample")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(
+                f"'{name}' was made under torch.inference_mode() and can take part in no derivative: make the model outside of it, or load a clone() of "
+                "its state into one that was"
+            )
         if tensor.device != inputs.device:
             raise ValueError(f"'{name}' is on {tensor.device}, the inputs on {inputs.device}: move all to one device")
         if not (tensor.is_floating_point() or tensor.is_complex()):

@@ -207,7 +207,8 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in others[:3])
         raise ValueError(
             f"the loss depends on {len(others)} trainable tensors besides the outputs (shapes {shapes}), so its Hessian has parts that no layer sees. "
-            "A penalty mu |x|^2 / 2 on all parameters is mu more damping: leave it out of the loss and add mu to damping; a loss's own parameters "
+            "A penalty mu |x|^2 / 2 on all parameters (weight_decay=mu in an optimizer) is mu more damping: leave it out of the loss and add mu to damping; a "
+            "loss's own parameters "
             "are constants once requires_grad is off"
         )
     if not finite:
