@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from faults import survived
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
@@ -101,6 +102,11 @@ def test_download_checks_and_unpacks(home, monkeypatch):
     assert images.x.shape == (20, 3, 32, 32) and images.name == "cifar10"
     assert sorted(p.name for p in home.iterdir()) == ["broken.tar.gz", CIFAR10.base_folder, "source.tar.gz"]
     assert data.load("cifar10", "test", download=False).x.shape == (4, 3, 32, 32)
+    survived(
+        "download truncated, or another file",
+        "its md5 sum is found wrong, and the next host is asked",
+        "nothing of it stays on the disk",
+    )
 
 
 def test_imagenette_is_fetched_the_same_way(home, monkeypatch):
@@ -255,6 +261,11 @@ def test_a_half_unpacked_cifar(home):
     with pytest.raises(data.DataNotFound, match=r"cifar-10-batches-py is not whole .* or remove it"):
         data.load("cifar10")
     assert data.load("cifar10", fallback="digits").name == "digits (stand-in: cifar10 not found)"
+    survived(
+        "CIFAR-10 half unpacked, or its pickles damaged",
+        "the folder is named before anything is unpickled",
+        "what is there; a fallback serves",
+    )
 
 
 def test_a_place_that_is_no_folder(tmp_path, monkeypatch):
@@ -277,6 +288,9 @@ def test_an_archive_that_would_write_elsewhere(home, monkeypatch):
     with pytest.raises(data.DataNotFound, match="outside"):
         data.load("cifar10")
     assert not (home.parent / "outside").exists() and [p.name for p in home.iterdir()] == ["source.tar.gz"]
+    survived(
+        "archive with a member that leaves its folder", "it is refused, by the member's name", "nothing is unpacked"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nbroken", b"no image at all"])
@@ -285,3 +299,4 @@ def test_a_broken_image_is_named(home, content):
     (home / "zoo" / "train" / "dog" / "1.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read the image .*dog.1\.png"):
         data.load("zoo", side=8)
+    survived("image truncated, empty or none", "the message names the file", "nothing is loaded in part")

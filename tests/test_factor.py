@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, NAMES, ElementaryLayerNorm, build, reference_hessian, relative
+from faults import survived
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -688,3 +689,8 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, own, files, left
     assert estimate.left_to_the_container(tmp_path / "groups", tmp_path / "self") == left
     monkeypatch.setattr(estimate, "left_to_the_container", lambda: left)
     assert estimate.available(torch.device("cpu")) <= left
+    survived(
+        "memory limit of a container (control groups, versions 1 and 2)",
+        "a factorization over it is refused by its estimate",
+        "the process",
+    )

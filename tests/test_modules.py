@@ -7,7 +7,7 @@ import torch
 from conftest import build, relative
 from torch import nn
 
-from hinv import GGN, AccuracyWarning, Hessian
+from hinv import GGN, AccuracyWarning, CertificateWarning, Hessian, optim
 from hinv.network.blocks import agree
 
 CE = nn.CrossEntropyLoss()
@@ -234,3 +234,47 @@ def test_a_gauss_newton_matrix_that_is_zero_says_why():
     with pytest.warns(AccuracyWarning, match="linear in the model's outputs, so the Gauss-Newton matrix is zero"):
         G = GGN(model, lambda o, t: nn.functional.nll_loss(o, t), x, y)
     assert G.dense().norm() == 0
+
+
+# -- found by make fuzz ------------------------------------------------------------------------------------------------
+
+
+def test_an_input_exactly_at_a_kink_is_named():
+    """LayerNorm of one unit puts out zero, where autograd's PReLU has one slope forwards and another one backwards: the Hessian is none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), nn.Linear(1, 3, bias=False), nn.PReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"stage '3' \(PReLU\).* exactly at a kink"):
+        Hessian(model.double(), CE, torch.randn(5, 3).double(), torch.tensor([0, 1, 0, 1, 0]))
+
+
+def test_a_module_whose_curvature_is_rounding_alone():
+    """Attention over one token is the identity: its second derivative is zero but for rounding, which is not symmetric, and not refused for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), Tokens(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 5).double(), torch.tensor([0, 1, 2, 0, 1])
+    assert relative(Hessian(model, CE, x, y).dense(), double_backward(model, CE, x, y)) < 1e-10
+
+
+class Tokens(nn.Module):
+    def forward(self, z):
+        q = z.view(len(z), 1, 1, -1)
+        return nn.functional.scaled_dot_product_attention(q, q, q).reshape(z.shape)
+
+
+def test_a_matrix_that_is_zero():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
+    H = Hessian(model, lambda o, t: (o * t).sum(), x, torch.ones(4, 2).double())
+    with pytest.warns(CertificateWarning, match="the edge 0 is an eigenvalue"):
+        assert H.counts([-1.0, 0.0, 1.0]).tolist() == [0, 8]
+    assert abs(H.eigval(3)) < 1e-10
+    with pytest.warns(AccuracyWarning, match="not reached"):
+        H.solve(H.gradient, 0.0, method="cg")
+
+
+def test_saddle_free_newton_where_the_gradient_is_zero():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(4, 5).double()
+    before = model(x).detach()
+    report = optim.SaddleFreeNewton(model, nn.MSELoss()).step(x, before)
+    assert report.loss == 0 and report.step_norm < 1e-12

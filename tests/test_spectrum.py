@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, NAMES, build, reference_hessian, relative
+from faults import survived
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -69,6 +70,11 @@ def test_counts_are_kept_and_survive_an_interruption(monkeypatch):
     assert "2 of 4 edges are counted and kept" in stop.value.__notes__[0]
     assert int(H.counts(edges).sum()) == H.shape[0]
     assert calls == [9.0, 0.1, -0.1, -0.1, -9.0]
+    survived(
+        "counts of eigenvalues: Ctrl-C",
+        "a note says how many edges are counted; the same call goes on from there",
+        "the edges counted so far",
+    )
 
 
 def test_bad_edges_and_shifts_on_eigenvalues():
@@ -529,6 +535,7 @@ def test_an_interrupted_trace_keeps_what_it_had(monkeypatch):
     with pytest.warns(UserWarning, match="interrupted after 7 of 50 estimates"):
         t = A.trace("hutchinson", 50)
     assert t.estimates == 7
+    survived("trace of a data set: Ctrl-C", "a warning says after how many estimates", "their mean and standard error")
     calls[:] = [1] * 6
     with pytest.raises(KeyboardInterrupt):  # one estimate has no error
         A.trace("hutchinson", 50)

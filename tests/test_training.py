@@ -12,6 +12,7 @@ from itertools import islice
 
 import pytest
 import torch
+from faults import survived
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -238,6 +239,11 @@ def test_damaged_checkpoints_are_named_and_passed_over(damaged, tmp_path):
     ):
         again = run(c, tmp_path / "run", progress=False)
     same(whole, again)
+    survived(
+        "training run: checkpoint damaged",
+        "a warning names it, and the one before it is used",
+        "the numbers of an undisturbed run",
+    )
 
 
 def test_a_run_that_is_done_and_lost_its_checkpoints_says_so(tmp_path):
@@ -286,6 +292,11 @@ def test_a_full_disk_is_said_and_what_was_written_stays_valid(tmp_path):
         same(run(c, tmp_path / "whole", progress=False), run(c, disk / "run", progress=False))
     finally:
         subprocess.run(["umount", disk], check=True)
+    survived(
+        "training run: full disk",
+        "the system's message; with room again the same call goes on",
+        "metrics and checkpoints written before",
+    )
 
 
 def test_a_file_that_may_not_grow(tmp_path):

@@ -68,7 +68,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary file beside `path`, then rename: a reader never finds half a file."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, text=True)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -175,7 +175,12 @@ def read(number: str) -> dict[str, Any]:
     path = output("results") / f"{number}.json"
     if not path.exists():
         raise FileNotFoundError(f"no results of notebook {number}: run it first, or 'make reproduce' for all")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{path} is damaged ({error}): run notebook {number} again, or 'make reproduce'"
+        ) from error
 
 
 def commit() -> str:

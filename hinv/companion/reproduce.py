@@ -77,11 +77,11 @@ def write_parameters(pairs: list[str], path: Path | None = None) -> dict[str, An
     if values.get("profile", "quick") not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, not {values['profile']!r}")
     for notebook in known:  # an executed notebook without its results must run again
-        if not (output("results") / f"{notebook.stem[:2]}.json").exists():
+        if not results(output("results") / f"{notebook.stem[:2]}.json")["claims"]:
             (BUILD / "notebooks" / notebook.name).unlink(missing_ok=True)
     path = path or BUILD / "parameters.json"
     text = json.dumps(values, indent=1, sort_keys=True)
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     return values
@@ -136,7 +136,7 @@ def rows() -> list[dict[str, Any]]:
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         number = notebook.stem[:2]
         result = output("results") / f"{number}.json"
-        record = json.loads(result.read_text()) if result.exists() else {"claims": []}
+        record = results(result)
         out += [{"notebook": number} | claim for claim in record["claims"]]
         if not record["claims"] or not (BUILD / "notebooks" / notebook.name).exists():
             out.append(
@@ -153,18 +153,26 @@ def rows() -> list[dict[str, Any]]:
     return out
 
 
+def results(path: Path) -> dict[str, Any]:
+    """What a notebook wrote; no claims if it wrote nothing, or what it wrote is damaged (then it counts as a notebook that must run again)."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        return record if isinstance(record["claims"], list) else {"claims": []}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"claims": []}
+
+
 def _failure(notebook: Path) -> str:
     failed = BUILD / "notebooks" / f"{notebook.stem}.failed.ipynb"
     if not failed.exists():
         ran = (BUILD / "notebooks" / notebook.name).exists()
-        return f"{notebook.name} {'ran but left no claims in results/' if ran else 'did not run'}"
+        return f"{notebook.name} {'ran but left no claims in results/, or damaged ones: make reproduce runs it again' if ran else 'did not run'}"
     cells = [c for c in nbformat.read(failed, 4).cells if c.cell_type == "code"]
     errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
     if errors and errors[-1].evalue:
         reason = f"{errors[-1].ename}: {errors[-1].evalue.splitlines()[0]}"
     else:
-        ended = [c.metadata.get("papermill", {}).get("status") == "completed" for c in cells]
-        cell = ended.index(False) + 1 if False in ended else len(cells)
+        cell = sum(c.metadata.get("papermill", {}).get("start_time") is not None for c in cells)  # the last that began
         reason = f"its kernel ended in cell {cell} of {len(cells)}: was it killed for memory? PROFILE=quick needs least; fewer images or a smaller batch less still"
     return f"{notebook.name} failed ({reason}); kept as {failed.relative_to(ROOT)}"
 
@@ -187,7 +195,7 @@ def report() -> bool:
         )
         for c in claims
     ]
-    runs = [json.loads(path.read_text()) for path in sorted(output("results").glob("[0-9][0-9].json"))]
+    runs = [r for path in sorted(output("results").glob("[0-9][0-9].json")) if (r := results(path))["claims"]]
     provenance = [
         f"{r['notebook']}: data {r['data']}; {r['profile']}, seed {r['seed']}, {r['dtype']} on {r['device']}, commit {r['commit']}"
         for r in runs
@@ -232,7 +240,11 @@ def main(arguments: list[str]) -> int:
                 return 2
         case ["run", name]:
             notebook, file = Path(name).resolve(), BUILD / "parameters.json"
-            wanted = json.loads(file.read_text()) if file.exists() else {}
+            try:
+                wanted = json.loads(file.read_text("utf-8")) if file.exists() else {}
+            except ValueError:
+                print(f"error: {file} is damaged; make parameters writes it anew", file=sys.stderr)
+                return 2
             try:
                 run(notebook, {k: v for k, v in wanted.items() if k in known_parameters(notebook)})
             except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died

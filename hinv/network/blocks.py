@@ -165,24 +165,41 @@ def check_symmetry(stage: Stage, D: Derivatives) -> None:
             raise RuntimeError(f"{stage}: {NOT_SYMMETRIC}")
 
 
+CONTRADICTED = (
+    "by autograd its derivative forwards is not the transpose of the one backwards: an input lies exactly at a kink, as zero does for PReLU, where there is "
+    "no derivative"
+)
+
+
 def check_twice(stage: Stage) -> None:
-    """Double backward through a general module is there and symmetric, by products with two random vectors on two samples: no block is formed. Not idle: in
-    torch 2.14 double backward through weight_norm is wrong, and not symmetric.
+    """Derivatives of a general module are there, the first ones the same in both directions, and the second ones symmetric (on its first two samples), by
+    products with random vectors: no block is formed. Not idle: in torch 2.14 double backward through weight_norm is wrong, and not symmetric.
 
     Raises:
         ValueError: naming the stage, with torch's reason.
     """
     few = dataclasses.replace(stage, inputs=stage.inputs[:2], outputs=stage.outputs[:2], b=stage.b[:2])
-    generator, z = seeded(0), few.inputs.detach().requires_grad_()
-    leaves = [*few.parameters.values(), z]
-    u, v = ([normal(t.shape, t, generator) for t in leaves] for _ in range(2))
+    generator = seeded(0)
     try:
+        leaves, out = leaves_and_output(stage)
+        moves, signal = [normal(t.shape, t, generator) for t in leaves], normal(out.shape, out, generator)
         with torch.enable_grad():
-            phi = (few.module(z.clone()) * few.b).sum()
-            first = torch.autograd.grad(phi, leaves, create_graph=True, materialize_grads=True)
+            u = signal.clone().requires_grad_()  # the product of signal and derivative is linear in it
+            back = torch.autograd.grad(out, leaves, u, create_graph=True, materialize_grads=True)
+            inner = sum(((g * w).sum() for g, w in zip(back, moves, strict=True)), start=out.new_zeros(()))
+            (forth,) = torch.autograd.grad(inner, u, materialize_grads=True)
+        size = flat(back).norm() * flat(moves).norm()
+        if not abs((inner - (forth * signal).sum()).item()) <= torch.finfo(out.dtype).eps ** 0.5 * size.item():
+            raise RuntimeError(CONTRADICTED)
+        leaves, out = leaves_and_output(few)
+        with torch.enable_grad():
+            first = torch.autograd.grad((out * few.b).sum(), leaves, create_graph=True, materialize_grads=True)
+        u, v = ([normal(t.shape, t, generator) for t in leaves] for _ in range(2))
         Su, Sv = second_product(first, leaves, u), second_product(first, leaves, v)
         size = (Su.norm() * flat(v).norm() + Sv.norm() * flat(u).norm()).item()
-        eps = torch.finfo(z.dtype).eps  # of a module that is linear, rounding is all there is of its second derivative
+        eps = torch.finfo(
+            out.dtype
+        ).eps  # of a module that is linear, rounding is all there is of its second derivative
         rounding = 1e3 * eps * (flat(first).norm() * flat(u).norm() * flat(v).norm()).item()
         if not abs((flat(u) @ Sv - flat(v) @ Su).item()) <= eps**0.5 * size + rounding:
             raise RuntimeError(NOT_SYMMETRIC)
@@ -190,6 +207,12 @@ def check_twice(stage: Stage) -> None:
         raise ValueError(
             f"{stage} cannot be differentiated twice; write it with elementary operations. torch says: {error}"
         ) from error
+
+
+def leaves_and_output(stage: Stage) -> tuple[list[Tensor], Tensor]:
+    z = stage.inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return [*stage.parameters.values(), z], stage.module(z.clone())
 
 
 def second_product(first: Sequence[Tensor], leaves: list[Tensor], moves: list[Tensor]) -> Float[Tensor, " n"]:

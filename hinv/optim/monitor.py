@@ -185,7 +185,7 @@ class CurvatureMonitor:
         self.seconds += record["seconds"]
         self.records.append(record)
         if self.path is not None:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.writer is not None:
             for name in self.what:

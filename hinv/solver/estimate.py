@@ -141,7 +141,7 @@ def available(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             machine = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except OSError:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -155,7 +155,7 @@ def left_to_the_container(groups: Path = Path("/sys/fs/cgroup"), own: Path = Pat
     """
     left = float("inf")
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text("utf-8").splitlines()]
     except OSError:
         return left
     for _, controllers, path in lines:
@@ -168,10 +168,10 @@ def left_to_the_container(groups: Path = Path("/sys/fs/cgroup"), own: Path = Pat
         inside = [root / path.lstrip("/"), *(root / path.lstrip("/")).parents]
         for group in [folder for folder in inside if folder == root or root in folder.parents]:
             try:
-                allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+                allowed, used = (group / limit).read_text("utf-8").strip(), int((group / usage).read_text("utf-8"))
                 cache = next(
                     int(line.split()[1])
-                    for line in (group / "memory.stat").read_text().splitlines()
+                    for line in (group / "memory.stat").read_text("utf-8").splitlines()
                     if line.split()[0] in ("inactive_file", "total_inactive_file")
                 )
             except (OSError, ValueError, StopIteration):

@@ -69,11 +69,11 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
     """Growth of the resident peak over the call, or None where /proc does not tell."""
 
     def status(key: str) -> int:
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
     try:
-        with open("/proc/self/clear_refs", "w") as file:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")
         before = status("VmRSS")
         function()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tempfile
 import warnings
 from pathlib import Path
@@ -45,7 +46,7 @@ def home() -> Path:
 def read(file: Path) -> dict[str, Any] | None:
     """What a JSON file holds; None, with a warning that names it, if it is damaged."""
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text("utf-8"))
     except ValueError:  # not JSON, or not text
         record = None
     if not isinstance(record, dict):
@@ -158,12 +159,18 @@ class Folder:
         for path in self._checkpoints():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == path.stem.rpartition("-")[2]:
-                state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
-                if state["offset"] <= metrics:
-                    return state
-                continue
+                try:
+                    state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+                except pickle.UnpicklingError:  # somebody else's: it would have run code
+                    state, damage = None, "holds more than numbers and names"
+                if state is not None:
+                    if state["offset"] <= metrics:
+                        return state
+                    continue
+            else:
+                damage = "its digest differs"
             warnings.warn(
-                f"checkpoint {path} is damaged (its digest differs): using the one before it", UserWarning, stacklevel=5
+                f"checkpoint {path} is damaged ({damage}): using the one before it", UserWarning, stacklevel=5
             )
         return None
 
