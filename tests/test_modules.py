@@ -202,6 +202,40 @@ def test_float32_after_long_training():
     torch.testing.assert_close(found.values, torch.linalg.eigvalsh(D)[-3:], rtol=1e-8, atol=1e-16)
 
 
+class Whole(nn.Module):
+    """As the README has it: several inputs of a sample side by side in one tensor."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z):
+        return self.inner(z[:, :6].view(-1, 2, 3), z[:, 6:])
+
+
+class Masked(nn.Module):
+    """A model that is no pipeline, of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.TransformerEncoderLayer(3, 1, 5, dropout=0.0, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, tokens, mask):
+        return self.head((self.body(tokens) * mask.unsqueeze(2)).sum(1))
+
+
+def test_a_whole_model_as_one_stage():
+    torch.manual_seed(0)
+    model = nn.Sequential(Whole(Masked())).double().eval()
+    x, y = torch.cat([torch.randn(4, 6), (torch.rand(4, 2) > 0.3).float()], 1).double(), torch.tensor([0, 1, 1, 0])
+    D = double_backward(model, CE, x, y)
+    H = Hessian(model, CE, x, y)
+    assert relative(H.dense(), D) < 1e-10
+    shifted = D + 0.1 * torch.eye(len(D)).to(D)
+    assert relative(shifted @ H.solve(H.gradient, 0.1, method="factor"), H.gradient) < 1e-8
+    assert H.factor(0.1).inertia[1] == int((torch.linalg.eigvalsh(shifted) < 0).sum())
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
