@@ -432,3 +432,26 @@ def test_bad_options_are_refused():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         optim.GaussNewton(model, LOSS)
+
+
+def test_lbfgs_is_torchs_own():
+    """A step of GradientDescent with LBFGS, which calls its closure several times, is torch's step; the other methods refuse it by name."""
+    after = []
+    for ours in (True, False):
+        model, x, y = problem()
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+        if ours:
+            losses = [optim.GradientDescent(model, LOSS, optimizer).step(x, y).loss for _ in range(3)]
+        else:
+
+            def closure(model=model, optimizer=optimizer, x=x, y=y):
+                optimizer.zero_grad()
+                value = LOSS(model(x), y)
+                value.backward()
+                return value
+
+            assert [optimizer.step(closure).item() for _ in range(3)] == losses
+        after.append(parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*after) and losses[2] < losses[1] < losses[0]
+    with pytest.raises(TypeError, match=r"LBFGS finds its own direction .* GradientDescent with LBFGS"):
+        optim.GaussNewton(model, LOSS, torch.optim.LBFGS(model.parameters()))

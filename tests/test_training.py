@@ -29,6 +29,13 @@ METHODS = {
     "SGD": {"method": "SGD", "rate": 0.05, "momentum": 0.9, "schedule": "StepLR", "schedule_options": {"step_size": 5}},
     "GaussNewton": {"rate": 0.5, "momentum": 0.5, "options": {"every": 3, "damping": 1.0}},
     "TrustRegionNewton": {"method": "TrustRegionNewton", "options": {"radius": 0.3}},
+    "LBFGS": {"method": "LBFGS", "rate": 0.3, "options": {"max_iter": 3, "history_size": 4}},
+    "plateau": {
+        "method": "Adam",
+        "rate": 0.1,
+        "schedule": "ReduceLROnPlateau",
+        "schedule_options": {"patience": 1, "factor": 0.3},
+    },
 }
 
 
@@ -62,14 +69,18 @@ def test_a_run_is_the_loop_written_out(name, tmp_path):
     digits = data.load("digits", n=200, normalize=True, dtype=torch.float64)
     model, loss = tall_skinny((64, 8, 8, 10), seed=0), nn.CrossEntropyLoss()
     method = descent(c, model)
-    schedule = torch.optim.lr_scheduler.StepLR(method.optimizer, 5) if c.schedule else None
+    makers = {"StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 5)}
+    makers["ReduceLROnPlateau"] = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.3)
+    schedule = makers[c.schedule](method.optimizer) if c.schedule else None
     for step in range(12):
         order = torch.randperm(200, generator=torch.Generator().manual_seed(hash((0, 0))))
         index = order[16 * step : 16 * step + 16]
         report = method.step(digits.x[index].flatten(1), digits.y[index])
         assert report.loss == result.records[step]["loss"]
         if schedule:
-            schedule.step()
+            schedule.step(*([report.loss] if c.schedule == "ReduceLROnPlateau" else []))
+    if name == "plateau":
+        assert method.optimizer.param_groups[0]["lr"] < c.rate  # it did fall
     assert torch.equal(parameters_to_vector(model.parameters()), position(result))
     assert result.status == "done" and len(result.records) == 12
     assert [v["step"] for v in result.validations] == [0, 5, 10, 12]
@@ -189,7 +200,16 @@ training.run(config, sys.argv[2], progress=False)
 
 
 @pytest.mark.parametrize(
-    ("name", "kill_at"), [("Adam", 10), ("SGD", 7), ("GaussNewton", 7), ("GaussNewton", 1), ("TrustRegionNewton", 5)]
+    ("name", "kill_at"),
+    [
+        ("Adam", 10),
+        ("SGD", 7),
+        ("GaussNewton", 7),
+        ("GaussNewton", 1),
+        ("TrustRegionNewton", 5),
+        ("LBFGS", 5),
+        ("plateau", 9),
+    ],
 )
 def test_killed_and_resumed_is_bit_identical(name, kill_at, tmp_path):
     c = config(name, checkpoint_every=2)

@@ -15,6 +15,7 @@ import torch
 from hinv.network import Chain, losses
 
 from .parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
+from .products import COLUMNS
 from .symmetric import SMALL, STRIPES, WIDE
 
 
@@ -119,7 +120,10 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
         peak = max(peak, kept + keep + scratch)
         kept += keep
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
-    size = {"factor": int(item * peak), "dense": item * 3 * P * P}
+    alive = P + 4 * sum(
+        stage.outputs.numel() for stage in live
+    )  # of one product, of which many columns are taken at once
+    size = {"factor": int(item * peak), "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS)))}
     if gauss_newton:
         cost["dual"] = dual + (batch * classes) ** 3 / 3
         size["dual"] = item * (

@@ -23,7 +23,7 @@ from hinv.vectors import flat
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-COLUMNS = 2**24  # numbers in the result of one block of simultaneous products: H @ V goes block by block
+COLUMNS = 2**24  # numbers that one block of simultaneous products takes: H @ V goes block by block
 
 
 def operator(shape: tuple[int, int], dtype: Any, **functions: Callable[[np.ndarray], np.ndarray]) -> "LinearOperator":
@@ -95,7 +95,7 @@ class Products:
         v = self.checked(v, "the factor")
         if v.ndim == 1:
             return self.multiply(v)
-        width = max(1, COLUMNS // self.shape[0])
+        width = max(1, COLUMNS // (self.shape[0] + 4 * sum(stage.outputs.numel() for stage in self.chain.live)))
         return torch.cat([self._columns(piece) for piece in v.split(width, dim=1)], dim=1)
 
     @cached_property

@@ -4,6 +4,8 @@ They need the loss's second derivative alone. Block-diagonal over samples, it go
 block of stage l is E_l + sum_n J_ln^T V_ln J_ln.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +31,10 @@ class Block:
 def blocks(H: Products) -> Iterator[Block]:
     """The blocks of the stages with parameters, from the last to the first, one alive at a time."""
     chain, live = H.chain, H.chain.live
+    wide = (max(s.inputs[0].numel(), s.outputs[0].numel()) for s in live if s.kind == "general")
+    if len(chain.inputs) * max(wide, default=0) ** 2 > H.shape[0] ** 2:
+        yield from _of_the_dense(H)  # few weights on wide activations, as in a convolution: all of H is less than one V
+        return
     V = losses.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
     for number, stage in reversed(list(enumerate(live))):
         if stage.kind == "elementwise":
@@ -48,6 +54,14 @@ def blocks(H: Products) -> Iterator[Block]:
         if number:
             assert D.A is not None and D.G is not None
             V = D.A.mT @ V @ D.A if H.gauss_newton else D.G + D.A.mT @ V @ D.A
+
+
+def _of_the_dense(H: Products) -> Iterator[Block]:
+    stages = [stage for stage in H.chain.live if stage.parameters]
+    D, ends = H.dense(), list(itertools.accumulate(len(stage.x) for stage in stages))
+    for stage, end in reversed(list(zip(stages, ends, strict=True))):
+        own = D[end - len(stage.x) : end, end - len(stage.x) : end]
+        yield Block(stage, own.diagonal, own.clone, functools.partial(torch.linalg.matrix_norm, own))
 
 
 def _linear(stage: Stage, V: Float[Tensor, "B a_out a_out"]) -> Block:
