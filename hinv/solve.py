@@ -5,7 +5,7 @@ which pivots across stages. What was needed stands in the report.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hinv.modes import exact
 from hinv.shapes import Float
 from hinv.solver import krylov
 from hinv.solver.matrix import Matrix
-from hinv.solver.refine import Apply, preconditioned_gmres, refined
+from hinv.solver.refine import Apply, preconditioned_gmres, refined, residual_of
 
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -71,13 +71,17 @@ def solve(
     # solve for columns of size one: squares of very small or large entries leave the range
     size = b.abs().amax(dim=0)
     size = torch.where(size > 0, size, torch.ones_like(size))
+    scaled = (b / size).double()
     if method == "auto":
-        x, report, remarks = _automatic(H, b / size, damping, rtol)
+        x, report, remarks = _automatic(H, scaled, damping, rtol)
     else:
         apply: Any = METHODS[method](H, damping, rtol)
-        x, residual, steps = refined(H, apply, b / size, damping, rtol)
+        x, residual, steps = refined(H.double(), _doubled(H, apply), scaled, damping, rtol)
         report = SolveReport(method, damping, residual, steps)
         remarks = [apply.remark()] if isinstance(apply, krylov.Iteration) else []
+    if H.dtype != torch.float64:  # what is given back is rounded
+        x = x.to(H.dtype)
+        report = replace(report, residual=residual_of(H.double(), x.double(), scaled, damping)[1])
     if not report.residual <= rtol:
         remarks.append(
             f"relative residual {report.residual:.1e} after {report.refinements} refinements, rtol {rtol:.0e} not reached"
@@ -85,21 +89,28 @@ def solve(
     return x * size, report, "; ".join(filter(None, remarks))
 
 
+def _doubled(H: Matrix, apply: Apply) -> Apply:
+    """An approximate inverse, in the model's arithmetic, of float64 vectors: residuals are taken in float64, as a float32 model's own products may have lost
+    the digits that a residual is made of."""
+    return lambda r: apply(r.to(H.dtype)).to(r.dtype)
+
+
 def _automatic(
     H: Matrix, b: Float[Tensor, "P *k"], damping: float, rtol: float
 ) -> tuple[Float[Tensor, "P *k"], SolveReport, list[str]]:
     """The cheapest direct method; then GMRES with it as preconditioner; then SuperLU on K. The report names all that were needed."""
     remarks: list[str] = []
+    work = H.double()
     chosen = "dense" if H.estimate().method == "dense" else "factor"
     x, report = None, None
     try:
-        apply = METHODS[chosen](H, damping, rtol)
-        x, residual, steps = refined(H, apply, b, damping, rtol)
+        apply = _doubled(H, METHODS[chosen](H, damping, rtol))
+        x, residual, steps = refined(work, apply, b, damping, rtol)
         report = SolveReport(chosen, damping, residual, steps)
         if residual <= rtol:
             return x, report, remarks
         better, after, _ = refined(
-            H, lambda r: preconditioned_gmres(H, apply, r, damping, rtol), b, damping, rtol, start=x
+            work, lambda r: preconditioned_gmres(work, apply, r, damping, rtol), b, damping, rtol, start=x
         )
         if after < residual:
             x, report = better, SolveReport(f"{chosen}+gmres", damping, after, steps)
@@ -108,7 +119,7 @@ def _automatic(
     except SingularShiftError as error:
         remarks.append(str(error))
     try:
-        better, after, steps = refined(H, METHODS["sparse"](H, damping, rtol), b, damping, rtol)
+        better, after, steps = refined(work, METHODS["sparse"](H, damping, rtol), b, damping, rtol)
     except torch.linalg.LinAlgError as error:
         if x is None or report is None:
             raise SingularShiftError("; ".join([*remarks, str(error)])) from error

@@ -312,3 +312,19 @@ def test_saddle_free_newton_where_the_gradient_is_zero():
     before = model(x).detach()
     report = optim.SaddleFreeNewton(model, nn.MSELoss()).step(x, before)
     assert report.loss == 0 and report.step_norm < 1e-12
+
+
+def test_float32_residuals_are_those_of_the_matrix_and_not_of_its_rounding():
+    """Two normalizations in a row take a float32 product's digits: a residual taken with one would be its own. Solves take it in float64."""
+    torch.manual_seed(0)
+    x, y = torch.tensor([[79.0677, -45.3610, 6.7547], [-10.8369, -18.9045, 7.9729]]), torch.rand(2, 4)
+    model = nn.Sequential(
+        nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 4)
+    )
+    H = Hessian(model, nn.MSELoss(), x, y)
+    D = double_backward(copy.deepcopy(model).double(), nn.MSELoss(), x.double(), y.double())
+    size = torch.linalg.eigvalsh(D).abs().max().item()
+    for method in ("auto", "factor", "sparse"):
+        step = H.solve(H.gradient, size, method=method).double()
+        true = ((D @ step + size * step - H.gradient.double()).norm() / H.gradient.norm()).item()
+        assert H.last_solve.residual < 1e-6 and abs(true - H.last_solve.residual) < 1e-6

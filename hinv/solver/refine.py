@@ -28,26 +28,28 @@ def refined(
     start: Float[Tensor, "P *k"] | None = None,
 ) -> tuple[Float[Tensor, "P *k"], float, int]:
     """x += apply(b - (H + damping I) x) while it helps; the best x seen, its relative residual (worst column), and how many steps it took."""
-    scale = torch.linalg.vector_norm(b, dim=0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-
-    def residual(x: Tensor) -> tuple[Tensor, float]:
-        if not x.isfinite().all():
-            return x, float("inf")
-        r = b - H @ x - damping * x
-        return r, (torch.linalg.vector_norm(r, dim=0) / scale).amax().item()
-
     x = apply(b) if start is None else start
-    r, size = residual(x)
+    r, size = residual_of(H, x, b, damping)
     steps = 0
     while steps < REFINEMENTS and rtol < size < float("inf"):
         candidate = x + apply(r)
-        r_new, size_new = residual(candidate)
+        r_new, size_new = residual_of(H, candidate, b, damping)
         steps += 1
         if not size_new < size:
             break
         x, r, size = candidate, r_new, size_new
     return x, size, steps
+
+
+def residual_of(
+    H: Products, x: Float[Tensor, "P *k"], b: Float[Tensor, "P *k"], damping: float
+) -> tuple[Float[Tensor, "P *k"], float]:
+    """b - (H + damping I) x, and its size relative to b (the worst column); infinite where x is not finite."""
+    if not x.isfinite().all():
+        return x, float("inf")
+    scale = torch.linalg.vector_norm(b, dim=0)
+    r = b - H @ x - damping * x
+    return r, (torch.linalg.vector_norm(r, dim=0) / torch.where(scale > 0, scale, torch.ones_like(scale))).amax().item()
 
 
 def preconditioned_gmres(
