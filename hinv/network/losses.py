@@ -219,7 +219,9 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     direction, other = (normal(outputs.shape, outputs, generator) for _ in range(2))
     moved, moved_other = product(direction), product(other)
     size = (moved.norm() * other.norm() + moved_other.norm() * direction.norm()).item()
-    if not abs(((other * moved).sum() - (direction * moved_other).sum()).item()) <= 1e-3 * size:
+    error = abs(((other * moved).sum() - (direction * moved_other).sum()).item())
+    known = diagonal_minus_rank_one(loss, outputs, targets) is not None  # of certain outputs only rounding is left
+    if not (known or error <= 1e-3 * size):
         raise ValueError(
             f"the second derivative of the loss {loss} by autograd is not symmetric, so it is wrong (torch {torch.__version__}): write it with "
             "elementary operations"
