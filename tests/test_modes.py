@@ -287,3 +287,45 @@ def test_inference_tensors():
         Hessian(model, loss, x, y)
     plain = nn.Sequential(nn.Linear(6, 4)).double()
     assert torch.equal(Hessian(plain, loss, inside, y).gradient, Hessian(plain, loss, x, y).gradient)
+
+
+# -- hooks, which a copy or a stage does not follow --------------------------------------------------------------------
+
+
+def on_a_parameter(model):
+    model[0].weight.register_hook(lambda g: 2 * g)
+
+
+def backwards_through_a_layer(model):
+    model[2].register_full_backward_hook(lambda module, before, after: (3 * before[0],))
+
+
+def backwards_through_an_activation(model):
+    model[1].register_full_backward_hook(lambda module, before, after: (0.5 * before[0],))
+
+
+def replaced_in_a_subclass(model):
+    """A class of its own is a module of its own, and followed: not refused, and right."""
+
+    class Twice(nn.Linear):
+        def forward(self, z):
+            return 2 * super().forward(z)
+
+    model[2].__class__ = Twice
+
+
+@pytest.mark.parametrize("hook", [on_a_parameter, backwards_through_a_layer, backwards_through_an_activation])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_hooks_that_change_the_gradient_are_found(kind, hook):
+    model, loss, x, y = small()
+    hook(model)
+    with pytest.raises(
+        ValueError, match=r"is not that of its copy|differs in|has forward hooks|cannot be differentiated twice"
+    ):
+        kind(model, loss, x, y)
+
+
+def test_a_subclass_is_followed():
+    model, loss, x, y = small()
+    replaced_in_a_subclass(model)
+    assert relative(Hessian(model, loss, x, y).dense(), reference_hessian(model, loss, x, y)) < 1e-10

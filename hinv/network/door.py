@@ -76,7 +76,10 @@ def check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         raise RuntimeError("derivatives cannot be taken under torch.inference_mode(): leave it first")
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, not {type(tensor).__name__}: use torch.as_tensor")
+            raise TypeError(
+                f"{name} must be a torch tensor, not {type(tensor).__name__}: use torch.as_tensor; several tensors of a sample go side by side into one, "
+                "which the model or the loss takes apart"
+            )
     if not inputs.is_floating_point():
         raise TypeError(
             f"inputs are {inputs.dtype}: convert them with inputs.to(model's dtype); embed token numbers first and pass the embeddings"
