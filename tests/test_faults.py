@@ -259,9 +259,9 @@ SLOW = "import time\nopen('ran', 'a').write('x')\ntime.sleep(seconds)"
 CLAIM = "from hinv.companion import checks\nclaims = checks.Claims('01', 'slow', 0, 'quick')\nclaims.check('below', 0.5, '<=', 1.0, '(1)')\nclaims.write()"
 
 
-@pytest.fixture(params=["plain", "spaces and ünïcode ✓"])
-def project(tmp_path, monkeypatch, request):
-    root = tmp_path / request.param
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    root = tmp_path / "spaces and ünïcode ✓"
     (root / "notebooks").mkdir(parents=True)
     write_notebook(root / "notebooks" / "01_slow.ipynb", "seconds = 0\nprofile = 'quick'", SLOW, CLAIM)
     monkeypatch.setenv("HINV_OUTPUT", str(root))
@@ -350,18 +350,19 @@ def test_a_kernel_that_is_killed(project, capfd):
     )
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"claims": 3}', "[]", "\0\0\0"])
-def test_results_that_are_damaged(project, content, capsys):
-    reproduce.run(project / "notebooks" / "01_slow.ipynb")
-    (project / "results" / "01.json").write_text(content)
-    assert reproduce.report() is False
-    assert "left no claims in results/, or damaged ones" in capsys.readouterr().out
-    reproduce.write_parameters([])  # what make does first
-    assert not (project / "build" / "notebooks" / "01_slow.ipynb").exists()
-    (project / "build" / "parameters.json").write_text(content if content != "[]" else "{")
-    if content != '{"claims": 3}':
-        assert reproduce.main(["run", str(project / "notebooks" / "01_slow.ipynb")]) == 2
-        assert "parameters.json is damaged" in capsys.readouterr().err
+def test_results_that_are_damaged(project, capsys):
+    done = reproduce.run(project / "notebooks" / "01_slow.ipynb")
+    executed = done.read_bytes()
+    for content in ("", "{", '{"claims": 3}', "[]", "\0\0\0"):
+        done.write_bytes(executed)
+        (project / "results" / "01.json").write_text(content)
+        assert reproduce.report() is False
+        assert "left no claims in results/, or damaged ones" in capsys.readouterr().out
+        reproduce.write_parameters([])  # what make does first
+        assert not done.exists()
+    (project / "build" / "parameters.json").write_text("{")
+    assert reproduce.main(["run", str(project / "notebooks" / "01_slow.ipynb")]) == 2
+    assert "parameters.json is damaged" in capsys.readouterr().err
     survived("results or parameters damaged", "the report says so, and the notebook runs again", "the other notebooks")
 
 
@@ -382,7 +383,7 @@ print(json.dumps([found.data, found.records[-1]["loss"]]))
 """
 
 
-@pytest.mark.parametrize("language", ["C", "POSIX", "de_DE.ISO-8859-1", "C.UTF-8"])
+@pytest.mark.parametrize("language", ["C", "de_DE.ISO-8859-1"])
 def test_another_locale_time_zone_and_encoding(tmp_path, language):
     """With the warning on for every file that is opened without saying its encoding: all of ours say it."""
     environment = ENVIRONMENT | {

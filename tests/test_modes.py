@@ -277,6 +277,20 @@ def test_pickles_read_by_another_process(tmp_path):
     descent.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [optim.GaussNewton, optim.DampedNewton, optim.TrustRegionNewton, optim.SaddleFreeNewton, optim.GradientDescent],
+)
+def test_an_optimizer_pickled_between_steps_goes_on(cls):
+    """With its own model in the pickle, and a factorization in use."""
+    model, loss, x, y = small()
+    descent = cls(model, loss)
+    descent.step(x, y)
+    again = pickle.loads(pickle.dumps(descent))
+    for _ in range(2):
+        assert again.step(x, y).loss == descent.step(x, y).loss
+
+
 def test_inference_tensors():
     """Weights made under inference_mode can take part in no derivative: named."""
     _, loss, x, y = small()

@@ -12,9 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 import hinv
 from hinv.companion import bench
@@ -149,6 +152,34 @@ def test_readme_shows_the_measured_figures():
     assert gpu in (ROOT / "README.md").read_text(), "replace the README's paragraph by:\n" + gpu
     for name, figure in figures["7 against SuperLU on K"].items():
         assert figure["reached"] == (figure["ratio"] >= figure["target"]), name
+
+
+def test_the_figures_of_a_gpu_are_taken_right(tmp_path, monkeypatch):
+    """The script that runs where there is a GPU, here on the CPU with its clock stilled and everything small."""
+    from hinv.companion.bench import device
+
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(device, "SIX", {"small": ((6, 5, 5, 4), 5)})
+    monkeypatch.setenv("HINV_DATA", str(tmp_path))
+    for label in ("a", "b"):
+        folder = tmp_path / "cifar10-images" / "train" / label
+        folder.mkdir(parents=True)
+        for k in range(6):
+            Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                folder / f"{k}.png"
+            )
+    here = torch.device("cpu")
+    assert device.rate(here, 64) > 0
+    row = device.six(here)["small"]
+    assert row["as_on_the_host"] and row["residual"] < 1e-12 and abs(row["logdet_minus_host"]) < 1e-9
+    flag = device.flagship(here, images=10, layers=4, width=3)
+    assert flag["data"] == "cifar10-images" and flag["parameters"] == 195 + 3 * 12 + 40
+    for damping in ("1", "0.1"):
+        at = flag[f"damping {damping}"]
+        assert at["residual"] < 1e-12 and sum(at["inertia"]) == flag["parameters"] and sum(at["kinds"].values()) == 5
 
 
 def test_readme_lists_every_notebook_and_figure():
