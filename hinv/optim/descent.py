@@ -142,4 +142,4 @@ class GradientDescent(Descent):
             return loss
 
         loss: Any = self.optimizer.step(closure)
-        return StepReport(float(loss), seconds=time.perf_counter() - start)
+        return StepReport(loss.item(), seconds=time.perf_counter() - start)
