@@ -67,7 +67,7 @@ SECONDS ?= 600
 SEED    ?= 0
 
 fuzz: $(STAMP)  ## random networks and calls against dense matrices (SECONDS=600, SEED=0), results/fuzz.json
-	$(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+	$(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
 # tests of what has no device of its own to care for (training, notebooks, peers) run on the CPU alone
 ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain

@@ -10,6 +10,7 @@ import itertools
 import json
 import pickle
 import resource
+import subprocess
 import sys
 import time
 import traceback
@@ -477,7 +478,7 @@ def fuzz(seconds, seed, examples=25):
             run_state_machine_as_test(Machine, settings=quiet)
         except Exception as error:
             findings.append({"seed": seed, "finding": f"{type(error).__name__}: {error}"[:600]})
-            print(f"seed {seed}: {error}", flush=True)
+            print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
             traceback.print_exc()
         seed += 1
         if halfway is None and time.monotonic() - start > seconds / 2:
@@ -493,15 +494,50 @@ def fuzz(seconds, seed, examples=25):
     }
 
 
+def together(seconds, seed, jobs):
+    """`jobs` processes at a time, which share the seconds; their summaries as one."""
+    each = [
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--seconds",
+            str(seconds / jobs),
+            "--seed",
+            str(seed + 10_000 * j),
+            "--json",
+        ]
+        for j in range(jobs)
+    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in each]
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    calls = sum((Counter(one["calls"]) for one in found), Counter())
+    return {
+        "seconds": sum(one["seconds"] for one in found),
+        "seeds": [one["seeds"] for one in found],
+        "networks": sum(one["networks"] for one in found),
+        "calls": dict(sorted(calls.items())),
+        "grown_in_the_second_half": max(one["grown_in_the_second_half"] for one in found),
+        "findings": [finding for one in found for finding in one["findings"]],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seconds", type=float, default=600, help="of all jobs together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--json", action="store_true", help="one line, and no file")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    np.seterr(all="ignore")
-    summary = fuzz(arguments.seconds, arguments.seed)
-    summary = {"commit": commit(), "torch": torch.__version__} | summary
+    if arguments.json:
+        torch.set_num_threads(1)
+        np.seterr(all="ignore")
+        print("\n" + json.dumps(fuzz(arguments.seconds, arguments.seed)))
+        return 0
+    summary = {"commit": commit(), "torch": torch.__version__} | together(
+        arguments.seconds, arguments.seed, arguments.jobs
+    )
     write_atomically(output("results") / "fuzz.json", json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     return 1 if summary["findings"] or summary["grown_in_the_second_half"] > 2**28 else 0

@@ -1,7 +1,7 @@
 """The exact diagonal, its blocks and the trace in O(L), without a factorization.
 
 They need the loss's second derivative alone. Block-diagonal over samples, it goes backwards by V_{l-1} = G_l + A_l^T V_l A_l (no elimination), and the
-block of stage l is E_l + sum_n J_ln^T V_ln J_ln.
+block of stage l is E_l + sum_n J_ln^T V_ln J_ln. Float64 arithmetic, as for all of the spectrum.
 """
 
 import functools
@@ -15,6 +15,7 @@ from torch import Tensor
 from hinv.modes import exact
 from hinv.network import Derivatives, Stage, derivatives, losses
 from hinv.shapes import Float
+from hinv.solver.matrix import Matrix
 from hinv.solver.products import Products
 
 
@@ -104,15 +105,15 @@ def _general(stage: Stage, D: Derivatives, V: Float[Tensor, "B a_out a_out"], ga
 
 
 @exact()
-def diagonal(H: Products) -> Float[Tensor, " P"]:
-    return torch.cat([block.diagonal() for block in blocks(H)][::-1])
+def diagonal(H: Matrix) -> Float[Tensor, " P"]:
+    return torch.cat([block.diagonal() for block in blocks(H.double())][::-1]).to(H.dtype)
 
 
 @exact()
-def by_stage(H: Products) -> dict[str, dict[str, float]]:
+def by_stage(H: Matrix) -> dict[str, dict[str, float]]:
     """`Curvature.by_stage`."""
     out: dict[str, dict[str, float]] = {}
-    for block in blocks(H):
+    for block in blocks(H.double()):
         out[block.stage.name] = {
             "parameters": len(block.stage.x),
             "trace": block.diagonal().sum().item(),
@@ -122,13 +123,13 @@ def by_stage(H: Products) -> dict[str, dict[str, float]]:
 
 
 @exact()
-def block(H: Products, stage: str | int) -> Float[Tensor, "p p"]:
+def block(H: Matrix, stage: str | int) -> Float[Tensor, "p p"]:
     names = [s.name for s in H.chain.live if s.parameters]
     if isinstance(stage, int) and -len(names) <= stage < len(names):
         stage = names[stage]
-    for candidate in blocks(H):
+    for candidate in blocks(H.double()):
         if candidate.stage.name == stage:
-            return candidate.dense()
+            return candidate.dense().to(H.dtype)
     raise ValueError(
         f"no stage {stage!r} with parameters: use one of {', '.join(map(repr, names))}, or its number from 0 to {len(names) - 1}"
     )
