@@ -1,7 +1,12 @@
 """The fault table: what was done to the project, what happened, what was kept. A test that survives a fault writes its row to results/faults.json."""
 
 import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from hinv.companion.checks import alone, write_atomically
 
@@ -15,3 +20,16 @@ def survived(fault: str, happened: str, kept: str) -> None:
         text = json.dumps(sorted(rows, key=lambda row: row["fault"]), indent=1, ensure_ascii=False) + "\n"
         if not TABLE.exists() or TABLE.read_text("utf-8") != text:
             write_atomically(TABLE, text)
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """A disk of its own (tmpfs), as large as `size`; the test is skipped where none may be mounted."""
+    disk = path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)

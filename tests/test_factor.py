@@ -167,10 +167,9 @@ def test_random_architectures(sizes, batch, bias, activation, loss, damping, gai
     z = F.solve(b)
     for _ in range(2):
         z = z + F.solve(b - A @ z)
-    # as float64 allows: of an ill-conditioned matrix the residual of the exact solution, rounded, is eps |A| |z|
-    assert relative(A @ z, b) < max(
-        1e-10, 4 * torch.finfo(z.dtype).eps * (values.abs().max() * z.norm() / b.norm()).item()
-    )
+    # as float64 allows: of an ill-conditioned matrix the exact solution, rounded, has a residual of eps |A| |z| (LAPACK's is no smaller)
+    floor = torch.finfo(z.dtype).eps * (values.abs().max() * z.norm() / b.norm()).item()
+    assert relative(A @ z, b) < max(1e-10, floor)
 
 
 def test_loss_as_diagonal_minus_rank_one():
@@ -384,7 +383,10 @@ def test_shift_on_an_eigenvalue_is_named():
         Hessian(model, nn.MSELoss(), one, one).factor(-2.0)
     H = Hessian(*build("tanh, cross-entropy"))
     value = torch.linalg.eigvalsh(H.dense())[-1].item()
-    with pytest.raises(SingularShiftError, match=r"at stage|not certain"):  # rounding says where
+    if DEVICE == "cpu":
+        with pytest.raises(SingularShiftError, match="at stage"):
+            H.factor(-value)
+    with pytest.raises(SingularShiftError, match=r"at stage|not certain"):  # rounding says which, on another device
         _ = H.factor(-value).inertia
     with pytest.raises(SingularShiftError):
         Hessian(model, nn.MSELoss(), one, one).solve(one[0], damping=-2.0)

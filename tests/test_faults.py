@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from faults import TABLE, survived
+from faults import TABLE, small_disk, survived
 from test_training import SCRIPT, config, same
 
 from hinv.companion import checks, data, reproduce
@@ -93,6 +93,7 @@ DAMAGE = {
     "metrics.jsonl with a line of something else": lambda f: f.joinpath("metrics.jsonl").write_bytes(
         b"not json\n" + f.joinpath("metrics.jsonl").read_bytes()
     ),
+    "metrics.jsonl lost": lambda f: f.joinpath("metrics.jsonl").unlink(),
     "done.json empty": lambda f: f.joinpath("done.json").write_text(""),
     "done.json of another kind": lambda f: f.joinpath("done.json").write_text("[1, 2]"),
 }
@@ -161,13 +162,8 @@ def test_a_checkpoint_that_would_run_code(tmp_path):
     )
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_a_disk_that_may_not_be_written(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
+    with small_disk(tmp_path, "8m") as disk:
         whole = run(config(), disk / "run", progress=False)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         same(whole, run(config(), disk / "run", progress=False))
@@ -176,18 +172,11 @@ def test_a_disk_that_may_not_be_written(tmp_path):
         with pytest.raises(OSError, match="Read-only"):
             checks.write_atomically(disk / "run" / "config.json", "{}")
         same(whole, run(config(), disk / "run", progress=False))
-    finally:
-        subprocess.run(["umount", disk], check=True)
     survived("read-only disk", "finished runs are read; a new one ends with the system's message", "all that was there")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_results_on_a_full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
+    with small_disk(tmp_path, "64k") as disk:
         checks.write_atomically(disk / "bench.json", "old\n")
         (disk / "filler").write_bytes(b"x" * 56_000)
         with pytest.raises(OSError, match="No space"):
@@ -196,8 +185,6 @@ def test_results_on_a_full_disk(tmp_path):
             "bench.json",
             "filler",
         ]
-    finally:
-        subprocess.run(["umount", disk], check=True)
     survived(
         "full disk: results, figures of the benchmark",
         "the system's message; no temporary file stays",

@@ -12,7 +12,7 @@ from itertools import islice
 
 import pytest
 import torch
-from faults import survived
+from faults import small_disk, survived
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -299,19 +299,13 @@ def test_nan_ends_with_the_last_good_weights(name, tmp_path):
 
 
 def test_a_full_disk_is_said_and_what_was_written_stays_valid(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with small_disk(tmp_path, "120k") as disk:
         c = config(steps=300, checkpoint_every=20)
         with pytest.raises(OSError, match="No space left"):
             run(c, disk / "run", progress=False)
         assert not list((disk / "run").glob("unfinished-*")) and not (disk / "run" / "done.json").exists()
         subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
         same(run(c, tmp_path / "whole", progress=False), run(c, disk / "run", progress=False))
-    finally:
-        subprocess.run(["umount", disk], check=True)
     survived(
         "training run: full disk",
         "the system's message; with room again the same call goes on",

@@ -77,9 +77,8 @@ def _vectorized(stage: Stage, wrt_input: bool) -> Derivatives:
     if not wrt_input:
         return Derivatives(J, E)
     F = z.new_zeros(batch, 0, a_in)
-    if (
-        has_parameters
-    ):  # the gradient in z differentiated in x: a_in backward passes a sample, where the other order takes p
+    if has_parameters:
+        # the gradient in z differentiated in x: a_in backward passes a sample, where the other order takes p
         F = over_samples(jacrev(grad(phi, argnums=1), argnums=0)).reshape(batch, a_in, p).mT
     A = vmap(jacrev(f, argnums=1), in_dims=(None, 0))(x, z).reshape(batch, -1, a_in)
     G = over_samples(jacrev(grad(phi, argnums=1), argnums=1)).reshape(batch, a_in, a_in)
@@ -126,11 +125,10 @@ def check_against_autograd(stage: Stage, D: Derivatives) -> None:
         RuntimeError: naming the stage.
     """
     generator = seeded(0)
-    z = stage.inputs.detach().requires_grad_()
-    leaves = [*stage.parameters.values(), z]
+    leaves, out = leaves_and_output(stage)
+    z = leaves[-1]
     with torch.enable_grad():
-        phi = (stage.module(z.clone()) * stage.b).sum()
-        first = torch.autograd.grad(phi, leaves, create_graph=True, materialize_grads=True)
+        first = torch.autograd.grad((out * stage.b).sum(), leaves, create_graph=True, materialize_grads=True)
     moves = [normal(t.shape, t, generator) for t in leaves]
     if D.A is None:
         moves[-1].zero_()
@@ -197,9 +195,8 @@ def check_twice(stage: Stage) -> None:
         u, v = ([normal(t.shape, t, generator) for t in leaves] for _ in range(2))
         Su, Sv = second_product(first, leaves, u), second_product(first, leaves, v)
         size = (Su.norm() * flat(v).norm() + Sv.norm() * flat(u).norm()).item()
-        eps = torch.finfo(
-            out.dtype
-        ).eps  # of a module that is linear, rounding is all there is of its second derivative
+        # of a module that is linear, rounding is all there is of its second derivative
+        eps = torch.finfo(out.dtype).eps
         rounding = 1e3 * eps * (flat(first).norm() * flat(u).norm() * flat(v).norm()).item()
         if not abs((flat(u) @ Sv - flat(v) @ Su).item()) <= eps**0.5 * size + rounding:
             raise RuntimeError(NOT_SYMMETRIC)

@@ -18,6 +18,7 @@ from hinv.shapes import Float
 from hinv.vectors import flat
 
 from . import losses
+from .blocks import leaves_and_output
 from .chain import Chain
 from .stages import Stage
 
@@ -67,11 +68,9 @@ def _elementwise(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move
 
 
 def by_double_backward(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:
-    z = stage.inputs.detach().requires_grad_()
-    leaves = [*stage.parameters.values(), z]
-    moves = [*stage.named(x).values(), torch.zeros_like(z) if y is None else y]
+    leaves, out = leaves_and_output(stage)
+    moves = [*stage.named(x).values(), torch.zeros_like(leaves[-1]) if y is None else y]
     with torch.enable_grad():
-        out = stage.module(z.clone())
         u = torch.zeros_like(
             out
         ).requires_grad_()  # (A, J)^T u is linear in u: its derivative along the moves is A y + J x

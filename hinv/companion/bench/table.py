@@ -113,7 +113,7 @@ def on_a_gpu(record: dict[str, Any]) -> str:
         f"On one {record['device']} (`make cuda`, `results/gpu.json`): the full-batch Hessian of {flag['images']:,} CIFAR-10 images (8 x 8, grey) on "
         f"{flag['layers']} layers, {flag['parameters']:,} parameters, is factored in {slowest:.1f} s with {at['1']['peak_bytes'] / 1e9:.0f} GB: "
         f"residual {residual:.0e} refined, {negative} negative eigenvalues, log-determinant. Wanted was half of the device's own rate of matrix products "
-        f"({rate / 1e12:.0f} Tflop/s); it is {share:.2f}, as the factorization passes ten times over a matrix of {(24 * flag['images']) ** 2 * 8 / 1e9:.1f} GB "
-        f"for every layer. The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks do not belong "
+        f"({rate / 1e12:.0f} Tflop/s); it is {share:.2f}, as for every layer the factorization also passes several times over a matrix of {(24 * flag['images']) ** 2 * 8 / 1e9:.1f} GB. "
+        f"The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks do not belong "
         f"there: a stage is a few dozen launches, and the dense route is faster ({small})."
     )

@@ -94,9 +94,8 @@ class Folder:
         """How the run ended; None if it has not, or if what it left is damaged so that it must go on."""
         file = self.path / "done.json"
         record = read(file) if file.exists() else None
-        if record is None or self.whole_metrics() < self.metrics.stat().st_size:
-            return None
-        return record
+        whole = record is not None and self.metrics.exists() and self.whole_metrics() == self.metrics.stat().st_size
+        return record if whole else None
 
     def whole_metrics(self) -> int:
         """How many bytes of metrics.jsonl are whole lines, and what follows is not; with a warning where that is more than the half line of a crash."""
