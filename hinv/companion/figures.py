@@ -166,7 +166,13 @@ def bands(
     return figure
 
 
-def dots(groups: Mapping[str, Mapping[str, Numbers]], xlabel: str, title: str, bound: float | None = None) -> Figure:
+def dots(
+    groups: Mapping[str, Mapping[str, Numbers]],
+    xlabel: str,
+    title: str,
+    bound: float | None = None,
+    bound_label: str = "",
+) -> Figure:
     """Measurements on a logarithmic axis: one row for each group, one colour for each name; a dashed vertical bound."""
     names = sorted({name for group in groups.values() for name in group})
     figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(groups) + 1.6), layout="constrained")
@@ -177,7 +183,7 @@ def dots(groups: Mapping[str, Mapping[str, Numbers]], xlabel: str, title: str, b
             label = name if row == next(r for r, g in enumerate(groups.values()) if name in g) else None
             axis.plot(values, [row + offset] * len(values), MARKERS[k], color=PALETTE[k], ms=5, alpha=0.8, label=label)
     if bound is not None:
-        axis.axvline(bound, color="0.3", ls="--", lw=1, label=f"bound {bound:.0e}")
+        axis.axvline(bound, color="0.3", ls="--", lw=1, label=bound_label)
     axis.set(xscale="log", xlabel=xlabel, title=title, yticks=range(len(groups)), yticklabels=list(groups))
     axis.invert_yaxis()
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
