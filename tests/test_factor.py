@@ -595,6 +595,20 @@ def test_inertia_is_right_or_refused_and_logdet_says_what_it_lost(sizes, batch, 
     assert refused and warned
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_uncertainty_is_not_below_the_norm_it_estimates(seed):
+    """Rounding errors of a tiny damping under two softmaxes lie in some three directions: one random vector can all but miss them, as the fuzz found."""
+    torch.manual_seed(seed)
+    first = [nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 6, bias=False), nn.Softmax(1)]
+    model = nn.Sequential(*first, nn.Linear(6, 3), nn.Softmax(1), nn.Linear(3, 4)).double()
+    H = Hessian(model, nn.CrossEntropyLoss(), torch.randn(2, 2).double(), torch.randint(4, (2,)))
+    D, eye = H.dense(), torch.eye(H.shape[0]).double()
+    damping = 1e-7 * torch.linalg.matrix_norm(D, 2).item()
+    F = H.factor(damping)
+    errors = (D + damping * eye) @ F.solve(eye) - eye
+    assert F.uncertainty > 0.5 * errors.norm().item()
+
+
 def test_a_loss_that_is_not_convex_is_not_given_to_the_dual():
     def loss(outputs, targets):
         return torch.log1p((outputs - targets) ** 2).sum()
