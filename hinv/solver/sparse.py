@@ -11,6 +11,7 @@ SuperLU pivots across stages, so it also serves where a pivot of the stagewise e
 where H is regular.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,12 @@ def _blocks(tensor: Float[Tensor, "B r c"]) -> sp.csr_array:
 
 
 def _linear(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
-    W, z = stage.weight.double().cpu().numpy(), stage.inputs.double().cpu().numpy()
-    b = stage.b.double().cpu().numpy() * (not gauss_newton)
-    (batch, a_in), a_out = z.shape, len(W)
+    W, z, ones, b = (t.double().cpu().numpy() for t in (stage.weight, stage.rows, stage.ones, stage.signal))
+    (batch, a_in), a_out, b = z.shape, len(W), b * (not gauss_newton)  # batch: of all positions
     J = sp.csr_array(sp.vstack([sp.kron(sp.eye_array(a_out), row[None]) for row in z]))
     bias = stage.has_bias
     if bias:
-        J = sp.hstack([J, sp.csr_array(sp.vstack([sp.eye_array(a_out)] * batch))])
+        J = sp.hstack([J, sp.csr_array(sp.kron(ones, sp.eye_array(a_out)))])
     if not wrt_input:
         return J, None, None, None, None
     F = sp.csr_array(sp.hstack([sp.kron(row[:, None], sp.eye_array(a_in)) for row in b]))
@@ -58,6 +58,28 @@ def _general(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
     assert D.F is not None and D.G is not None
     F = D.F.transpose(0, 1).flatten(1).double().cpu().numpy() * (not gauss_newton)
     return J, E, _blocks(D.A), sp.csr_array(F), None if gauss_newton else _blocks(D.G)
+
+
+def _elementwise(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
+    A, G = (
+        sp.dia_array((t.double().cpu().numpy().reshape(1, -1), [0]), shape=(t.numel(),) * 2)
+        for t in (stage.slope, stage.bend)
+    )
+    return sp.csr_array((A.shape[0], 0)), None, A, sp.csr_array((0, A.shape[0])), None if gauss_newton else G
+
+
+def _on_the_state(stage: Stage, wrt_input: bool, gauss_newton: bool) -> Blocks:
+    """The blocks of the map of the whole state, of which a stage inside a residual block carries some rows, the first ones."""
+    blocks = {"linear": _linear, "elementwise": _elementwise, "general": _general}[stage.kind]
+    J, E, A, F, G = blocks(stage, wrt_input, gauss_newton)
+    passed = len(stage.inputs) * stage.carry
+    if not passed:
+        return J, E, A, F, G
+    J = sp.vstack([sp.csr_array((passed, J.shape[1])), J])
+    if A is None:
+        return J, E, None, None, None
+    A, F = sp.block_diag([sp.eye_array(passed), A]), sp.hstack([sp.csr_array((F.shape[0], passed)), F])
+    return J, E, A, F, None if G is None else sp.block_diag([sp.csr_array((passed, passed)), G])
 
 
 def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple[sp.csc_array, list[slice]]:
@@ -79,20 +101,15 @@ def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple
         return T.T @ curvature @ T
 
     for stage in chain.live:
-        if stage.kind == "elementwise" or not stage.parameters:
-            if stage.kind == "elementwise":
-                slope, bend = (t.double().cpu().numpy().ravel() for t in (stage.slope, stage.bend))
-                A, G = (
-                    sp.dia_array((slope[None], [0]), shape=(slope.size,) * 2),
-                    sp.dia_array((bend[None], [0]), shape=(bend.size,) * 2),
-                )
-                G = None if gauss_newton else G
-            else:
-                _, _, A, _, G = _general(stage, True, gauss_newton)
-            C = C if G is None else C + through(G)
-            T = A @ T
+        if stage.kind == "wiring":
+            ends = np.cumsum([0, *stage.segments]) * len(stage.inputs)
+            T = sp.vstack(stage.wiring.forth([T[i:j] for i, j in itertools.pairwise(ends)]), format="csr")
             continue
-        J, E, A, F, G = (_linear if stage.kind == "linear" else _general)(stage, before is not None, gauss_newton)
+        J, E, A, F, G = _on_the_state(stage, before is not None, gauss_newton)
+        if not stage.parameters:
+            C = C if G is None else C + through(G)
+            T = sp.csr_array(A @ T)
+            continue
         n, p = J.shape
         x, y, costate = size, size + p, size + p + n
         put(x, x, damping * sp.eye_array(p) if E is None else E + damping * sp.eye_array(p))
@@ -115,6 +132,26 @@ def augmented(chain: Chain, damping: float, gauss_newton: bool = False) -> tuple
     return sp.csc_array((data, (rows, cols)), shape=(size, size)), places
 
 
+EPS = float(np.finfo(float).eps)
+
+
+def _factored(K: sp.csc_array) -> Any:
+    """SuperLU of K; None where a pivot is zero to working precision.
+
+    A column that cancels to exactly zero makes SuperLU read memory that it never wrote, and the process may end. So every diagonal entry is moved by one
+    or two rounding errors of its column, which is what elimination does by itself.
+    """
+    size = abs(K).max(axis=0).toarray().ravel()
+    size[size == 0.0] = 1.0
+    moved = EPS * size * (1.0 + 0.618034 * np.arange(len(size)) % 1.0)
+    try:
+        lu = splu(sp.csc_array(K + sp.diags_array(moved)))
+    except RuntimeError:  # singular all the same
+        return None
+    pivots = np.abs(lu.U.diagonal())[lu.perm_c]
+    return lu if (pivots > 8 * EPS * size).all() else None
+
+
 def factor(chain: Chain, damping: float, gauss_newton: bool = False) -> Apply:
     """Factor K with SuperLU (float64); the result applies (H + damping I)^-1 to b (P,) or (P, k).
 
@@ -122,12 +159,11 @@ def factor(chain: Chain, damping: float, gauss_newton: bool = False) -> Apply:
         torch.linalg.LinAlgError: K is exactly singular.
     """
     K, places = augmented(chain, damping, gauss_newton)
-    try:
-        lu = splu(K)
-    except RuntimeError as error:
+    lu = _factored(K)
+    if lu is None:
         raise torch.linalg.LinAlgError(
-            f"K is singular at damping {damping:g} ({error}): the damping is minus an eigenvalue; change it"
-        ) from error
+            f"K is singular to working precision at damping {damping:g}: the damping is minus an eigenvalue; change it"
+        )
     index = np.concatenate([np.arange(place.start, place.stop) for place in places])
 
     def solve(b: Tensor) -> Tensor:
