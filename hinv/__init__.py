@@ -13,7 +13,7 @@ The rooms, each above all that it uses: optim, curvature, spectrum, solver and p
 from hinv import optim, paper, spectrum
 from hinv.curvature import GGN, Hessian
 from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, SingularShiftError
-from hinv.network import tall_skinny
+from hinv.network import Residual, SharedLinear, tall_skinny
 from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
 from hinv.solve import SolveReport
@@ -30,6 +30,8 @@ __all__ = [
     "Estimate",
     "Hessian",
     "NotFiniteError",
+    "Residual",
+    "SharedLinear",
     "SingularShiftError",
     "SolveReport",
     "optim",

@@ -11,7 +11,8 @@ from torch import nn
 
 jaxtyping.install_import_hook("hinv", "enforce.enforced")  # types and shapes are enforced at every call
 
-from hinv import tall_skinny  # noqa: E402
+import hinv  # noqa: E402
+from hinv import SharedLinear, tall_skinny  # noqa: E402
 
 torch.set_num_threads(1)  # pytest runs one process a core
 DEVICE = os.environ.get("HINV_DEVICE", "cpu")  # where the tests make their tensors: `make cuda`
@@ -43,6 +44,23 @@ class Residual(nn.Module):
 
     def forward(self, z):
         return z + self.outer(torch.tanh(self.inner(z)))
+
+
+class TanhOfJet(nn.Module):
+    """(u, u', u'') of a function of one variable through tanh."""
+
+    def forward(self, z):
+        u, first, second = z.unbind(1)
+        t = torch.tanh(u)
+        slope = 1 - t**2
+        return torch.stack([t, slope * first, slope * second - 2 * t * slope * first**2], 1)
+
+
+def _jet(batch):
+    """Points (x, 1) as jets in x: the values, their first derivatives (1, 0), and none."""
+    x = _x(batch, 1)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return torch.stack([torch.cat(pair, 1) for pair in ((x, one), (one, zero), (zero, zero))], 1)
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -124,6 +142,51 @@ _NETWORKS = {
         _x(5, 1, 6, 6),
         _labels(5, 3),
     ),
+    "convolution in one dimension": lambda: (
+        nn.Sequential(
+            nn.Conv1d(2, 3, 3, padding=1, dilation=1),
+            nn.Tanh(),
+            nn.Conv1d(3, 2, 2, stride=2),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        ),
+        nn.CrossEntropyLoss(),
+        _x(5, 2, 6),
+        _labels(5, 3),
+    ),
+    "tokens": lambda: (
+        nn.Sequential(
+            nn.Linear(3, 4),
+            nn.LayerNorm(4),
+            nn.GELU(),
+            nn.Linear(4, 5, bias=False),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(15, 3),
+        ),
+        nn.CrossEntropyLoss(),
+        _x(4, 3, 3),
+        _labels(4, 3),
+    ),
+    "outputs on positions": lambda: (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)),
+        nn.MSELoss(),
+        _x(3, 2, 2, 4),
+        _x(3, 2, 2, 2),
+    ),
+    "jets": lambda: (
+        nn.Sequential(
+            SharedLinear(2, 5, (1, 0, 0)),
+            TanhOfJet(),
+            SharedLinear(5, 4, (1, 0, 0)),
+            TanhOfJet(),
+            SharedLinear(4, 1, (1, 0, 0)),
+        ),
+        lambda out, y: ((out[:, 2, 0] + out[:, 0, 0] - y) ** 2).mean(),
+        _jet(7),
+        _x(7, 1)[:, 0],
+    ),
     "max pooling": lambda: (
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)),
         nn.CrossEntropyLoss(),
@@ -135,6 +198,48 @@ _NETWORKS = {
         nn.CrossEntropyLoss(),
         _x(6, 4),
         _labels(6, 3),
+    ),
+    "skip connections": lambda: (
+        nn.Sequential(
+            nn.Linear(4, 5),
+            hinv.Residual(nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))),
+            nn.Tanh(),
+            hinv.Residual(
+                nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 5, bias=False)), nn.Linear(5, 5)
+            ),
+            nn.Linear(5, 3),
+        ),
+        nn.CrossEntropyLoss(),
+        _x(6, 4),
+        _labels(6, 3),
+    ),
+    "skip connections, nested, first and last": lambda: (
+        nn.Sequential(
+            hinv.Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))),
+            hinv.Residual(
+                nn.Sequential(
+                    nn.Linear(4, 4),
+                    hinv.Residual(nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 4, bias=False)),
+                    nn.Linear(4, 2),
+                ),
+                nn.Sequential(nn.Tanh(), nn.Linear(4, 2)),
+            ),
+        ),
+        nn.CrossEntropyLoss(),
+        _x(5, 4),
+        _labels(5, 2),
+    ),
+    "skip connections over images": lambda: (
+        nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Tanh(),
+            hinv.Residual(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 1))),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        ),
+        nn.CrossEntropyLoss(),
+        _x(4, 1, 4, 4),
+        _labels(4, 3),
     ),
     "nested, eval batchnorm and dropout": lambda: (
         nn.Sequential(

@@ -73,6 +73,11 @@ BETWEEN = {
     "layernorm": lambda a: nn.LayerNorm(a),
     "group norm": lambda a: nn.GroupNorm(1, a),
     "skip": lambda a: Skip(a, 2),
+    "residual": lambda a: hinv.Residual(nn.Sequential(nn.Linear(a, 2), nn.Tanh(), nn.Linear(2, a))),
+    "pre-activation": lambda a: hinv.Residual(
+        nn.Sequential(nn.LayerNorm(a), nn.GELU(), nn.Linear(a, a)), nn.Linear(a, a, bias=False)
+    ),
+    "nested": lambda a: hinv.Residual(nn.Sequential(hinv.Residual(nn.Linear(a, a)), nn.Softplus())),
     "prelu": lambda a: nn.PReLU(),
     "attention": lambda a: Attention(),
     "softmax": lambda a: nn.Softmax(dim=1),
@@ -103,7 +108,8 @@ MODES = {
 def problems(draw):
     """(model, loss, x, y) in float64."""
     torch.manual_seed(draw(st.integers(0, 2**20)))
-    image = draw(st.integers(0, 7)) == 0
+    shape = draw(st.integers(0, 9))
+    image, positions = shape == 0, shape == 1
     batch, width = draw(st.integers(1, 7)), draw(st.integers(1, 6))
     modules = []
     if image:
@@ -115,6 +121,18 @@ def problems(draw):
         modules += draw(st.sampled_from([[], [nn.AvgPool2d(2, ceil_mode=True)], [nn.Conv2d(2, 2, 1), nn.Tanh()]]))
         modules += [nn.Flatten()]
         x = torch.randn(batch, 1, 5, 4).double()
+        width = nn.Sequential(*modules).double()(x).shape[1]
+    elif positions:
+        inner = draw(st.integers(1, 4))
+        maker = draw(st.sampled_from(["linear", "shared", "convolution", "normalized"]))
+        modules += {
+            "linear": [nn.Linear(width, inner, bias=draw(st.booleans())), nn.Tanh()],
+            "shared": [hinv.SharedLinear(width, inner, (1.0, 0.0, 0.5)), nn.Tanh()],
+            "convolution": [nn.Conv1d(3, inner, 1, bias=draw(st.booleans())), nn.Sigmoid()],
+            "normalized": [nn.Linear(width, inner), nn.LayerNorm(inner), hinv.Residual(nn.Linear(inner, inner))],
+        }[maker]
+        modules += [nn.Flatten()]
+        x = torch.randn(batch, 3, width).double()
         width = nn.Sequential(*modules).double()(x).shape[1]
     else:
         x = torch.randn(batch, width).double()
@@ -472,6 +490,7 @@ def fuzz(seconds, seed, examples=25):
     while time.monotonic() - start < seconds:
         hypothesis.seed(seed)(Machine)
         seeds.append(seed)
+        print(f"seed {seed}", file=sys.stderr, flush=True)  # the last thing heard of a process that dies
         try:
             run_state_machine_as_test(Machine, settings=quiet)
         except Exception as error:
@@ -509,7 +528,12 @@ def together(seconds, seed, jobs):
         for j in range(jobs)
     ]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in each]
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    found = []
+    for process in running:
+        lines = process.communicate()[0].splitlines()
+        if process.returncode:
+            raise Finding(f"a process died with {process.returncode}; the last seed on its standard error is the one")
+        found.append(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
     calls = sum((Counter(one["calls"]) for one in found), Counter())
     return {
         "seconds": sum(one["seconds"] for one in found),

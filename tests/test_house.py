@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import hinv
 
@@ -143,6 +144,7 @@ def public() -> list[str]:
                 for method in dir(thing):
                     if (
                         method.startswith("_")
+                        or (issubclass(thing, nn.Module) and hasattr(nn.Module, method) and method != "forward")
                         or issubclass(thing, Exception)
                         or (issubclass(thing, tuple) and hasattr(tuple, method))
                     ):

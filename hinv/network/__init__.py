@@ -12,6 +12,8 @@
 from .blocks import derivatives
 from .build import tall_skinny
 from .chain import Chain
+from .shared import SharedLinear
+from .skip import Residual
 from .stages import Derivatives, Stage
 
-__all__ = ["Chain", "Derivatives", "Stage", "derivatives", "tall_skinny"]
+__all__ = ["Chain", "Derivatives", "Residual", "SharedLinear", "Stage", "derivatives", "tall_skinny"]

@@ -10,6 +10,7 @@ from torch.func import grad, jacrev, vmap
 from hinv.shapes import Float
 from hinv.vectors import flat, normal, seeded
 
+from .skip import on_segments
 from .stages import Derivatives, Stage
 
 
@@ -19,23 +20,52 @@ def derivatives(stage: Stage, wrt_input: bool = True) -> Derivatives:
     Linear and elementwise stages in closed form, anything else by torch.func in B (a_out + a_in) + p backward passes, vectorized; where torch.func has
     no vectorized rule for a module (PReLU, recurrent cells), sample by sample.
     """
+    if stage.kind == "wiring":
+        return _wiring(stage)
     return {"linear": _linear, "elementwise": _elementwise, "general": _general}[stage.kind](stage, wrt_input)
 
 
+def on_the_state(stage: Stage, wrt_input: bool = True) -> Derivatives:
+    """`derivatives` of the map of the whole state, of which a stage inside a residual block carries some entries (`network.skip`)."""
+    D, c = derivatives(stage, wrt_input), stage.carry
+    if not c or stage.kind == "wiring":
+        return D
+    pad = torch.nn.functional.pad
+    J = pad(D.J, (0, 0, c, 0))
+    if D.A is None or D.F is None or D.G is None:
+        return Derivatives(J, D.E)
+    A, G = D.A, D.G
+    if A.ndim == 2:
+        A, G = pad(A, (c, 0), value=1.0), pad(G, (c, 0))
+    else:
+        A, G = pad(A, (c, 0, c, 0)), pad(G, (c, 0, c, 0))
+        A[:, :c, :c] = torch.eye(c, dtype=A.dtype, device=A.device)
+    return Derivatives(J, D.E, A, pad(D.F, (c, 0)), G)
+
+
 def _linear(stage: Stage, wrt_input: bool) -> Derivatives:
-    """s_o = sum_i W_oi z_i + bias_o:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
-    W, z, b = stage.weight, stage.inputs, stage.b
-    (batch, a_in), a_out = z.shape, W.shape[0]
-    eye_out, eye_in = (torch.eye(n, dtype=W.dtype, device=W.device) for n in (a_out, a_in))
-    J = torch.einsum("op,ni->nopi", eye_out, z).reshape(batch, a_out, a_out * a_in)
+    """s_o = sum_i W_oi z_i + bias_o, at every position t:  A = W,  J dW = dW z,  F couples dW_oi with dz_i through b_o,  E = G = 0."""
+    W, batch = stage.weight, len(stage.inputs)
+    (a_out, a_in), positions = W.shape, len(stage.rows) // batch
+    z, b, ones = (t.view(batch, positions, t.shape[1]) for t in (stage.rows, stage.signal, stage.ones))
+    eye_out, eye_in, eye_T = (torch.eye(n, dtype=W.dtype, device=W.device) for n in (a_out, a_in, positions))
+    J = torch.einsum("op,nti->ntopi", eye_out, z).reshape(batch, -1, a_out * a_in)
     if stage.has_bias:
-        J = torch.cat([J, eye_out.expand(batch, a_out, a_out)], dim=2)
-    p = J.shape[2]
+        J = torch.cat([J, torch.einsum("op,nti->ntop", eye_out, ones).reshape(batch, -1, a_out)], dim=2)
+    p, entries = J.shape[2], positions * a_in
     if not wrt_input:
         return Derivatives(J, W.new_zeros(p, p))
-    F = W.new_zeros(batch, p, a_in)
-    F[:, : a_out * a_in] = torch.einsum("no,ij->noij", b, eye_in).reshape(batch, a_out * a_in, a_in)
-    return Derivatives(J, W.new_zeros(p, p), W.expand(batch, a_out, a_in), F, W.new_zeros(batch, a_in, a_in))
+    F = W.new_zeros(batch, p, entries)
+    F[:, : a_out * a_in] = torch.einsum("nto,ij->noitj", b, eye_in).reshape(batch, a_out * a_in, entries)
+    A = torch.kron(eye_T, W).expand(batch, -1, -1)
+    return Derivatives(J, W.new_zeros(p, p), A, F, W.new_zeros(batch, entries, entries))
+
+
+def _wiring(stage: Stage) -> Derivatives:
+    z, n = stage.inputs, sum(stage.segments)
+    A = on_segments(stage.wiring.forth, torch.eye(n, dtype=z.dtype, device=z.device), stage.segments)
+    J, E, F, G = (z.new_zeros(shape) for shape in ((len(z), len(A), 0), (0, 0), (len(z), 0, n), (len(z), n, n)))
+    return Derivatives(J, E, A.expand(len(z), -1, -1), F, G)
 
 
 def _elementwise(stage: Stage, wrt_input: bool) -> Derivatives:

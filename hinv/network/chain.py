@@ -19,7 +19,8 @@ from hinv.shapes import Float
 
 from . import losses
 from .blocks import check_twice
-from .door import check_independent, check_model, check_tensors, flatten
+from .door import check_independent, check_model, check_tensors
+from .skip import Merge, Wiring, opened
 from .stages import Stage, differentiate
 
 
@@ -73,8 +74,13 @@ class Chain:
         return self.stages[next(i for i, stage in enumerate(self.stages) if stage.parameters) :]
 
     def _forward(self, check: bool) -> list[Stage]:
-        stages, z = [], self.inputs
-        for name, module in flatten(self.model):
+        stages, state = [], [self.inputs]
+        for name, module in opened("", self.model):
+            if isinstance(module, Wiring):
+                stages.append(self._wired(name, module, state))
+                state = module.forth(state)
+                continue
+            z = state[-1]
             parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
             try:
                 with torch.no_grad():
@@ -94,12 +100,22 @@ class Chain:
                 raise NotFiniteError(
                     f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
                 )
-            stage = Stage(name, module, parameters, z, out)
+            stage = Stage(name, module, parameters, z, out, carried=tuple(t[0].numel() for t in state[:-1]))
             if check and stage.kind == "general":
                 check_independent(stage)
             stages.append(stage)
-            z = out
+            state = [*state[:-1], out]
         return stages
+
+    @staticmethod
+    def _wired(name: str, module: Wiring, state: list[Tensor]) -> Stage:
+        if isinstance(module, Merge) and state[-1].shape != state[-2].shape:
+            block, a, b = name.rpartition(".")[0], tuple(state[-2].shape), tuple(state[-1].shape)
+            raise ValueError(
+                f"residual block '{block}': its skip gives {a} and its body {b}, which do not add up; give it a skip= that maps to the shape of the body"
+            )
+        carried = tuple(t[0].numel() for t in state[:-1])
+        return Stage(name, module, {}, state[-1], module.forth(state)[-1], carried=carried)
 
     def _fold_softmax(self) -> None:
         """LogSoftmax at the end under NLLLoss is cross-entropy of what comes before: the same function, gradient and Hessian, but now the loss has all of
@@ -117,12 +133,15 @@ class Chain:
     def _backward(self) -> None:
         """b_L from the loss, then b_{l-1} = A_l^T b_l stage by stage (eq:backprop)."""
         differentiate([stage for stage in self.live if stage.kind == "elementwise"])
-        b = losses.gradient(self.loss, self.outputs, self.targets)
+        signals = [losses.gradient(self.loss, self.outputs, self.targets)]
         first = len(self.stages) - len(self.live)
         for i in range(len(self.stages) - 1, -1, -1):
             stage = self.stages[i]
-            stage.b = b
+            stage.b = b = signals[-1]
             if i > first:  # what comes before the first parameters is a constant
+                if isinstance(stage.module, Wiring):
+                    signals = stage.module.back(signals)
+                    continue
                 if stage.kind == "elementwise":
                     b = (b.flatten(1) * stage.slope).view_as(stage.inputs)
                 elif stage.kind == "linear":
@@ -132,3 +151,4 @@ class Chain:
                         z = stage.inputs.detach().requires_grad_()
                         out = stage.module(z.clone())
                     (b,) = torch.autograd.grad(out, z, b, materialize_grads=True)
+                signals[-1] = b

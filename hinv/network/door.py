@@ -11,18 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from hinv.errors import NotFiniteError
 
+from .skip import opened
 from .stages import Stage
-
-
-def flatten(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """(dotted name, module) of every stage, nested Sequentials opened."""
-    out = []
-    for name, module in zip(model._modules, model, strict=True):
-        if _is_sequential(module):
-            out += flatten(module, f"{prefix}{name}.")
-        else:
-            out.append((prefix + name, module))
-    return out
 
 
 def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
@@ -33,9 +23,9 @@ def check_model(model: nn.Module) -> None:
     if not _is_sequential(model):
         raise TypeError(
             f"the model must be an nn.Sequential (a pipeline of stages), not {type(model).__name__}; write it as one, "
-            "with residual blocks or other small graphs as single modules inside it"
+            "with residual blocks as hinv.Residual and other small graphs as single modules inside it"
         )
-    stages = flatten(model)
+    stages = opened("", model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"'{name}' is not initialized: run the model once on a batch")

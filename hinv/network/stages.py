@@ -12,7 +12,7 @@ with b is already done, which is all that the algorithms ever use. A stage witho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -22,6 +22,9 @@ from torch.func import functional_call
 from hinv.shapes import Float
 from hinv.vectors import flat
 
+from .shared import SharedLinear
+from .skip import Wiring
+
 # An activation applied entry by entry, or a change of shape: with flattened samples its Jacobian is diagonal.
 RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)  # the identity on flattened samples
 ELEMENTWISE = (
@@ -29,6 +32,8 @@ ELEMENTWISE = (
     *RESHAPES,
 )
 
+
+LINEAR = (nn.Linear, SharedLinear)
 
 NOT_YET = torch.empty(0, device="cpu")  # b, slope and second of a stage before the walk backwards
 
@@ -42,18 +47,17 @@ class Stage:
     parameters: dict[str, nn.Parameter]  # the trainable ones
     inputs: Tensor
     outputs: Tensor
+    carried: tuple[int, ...] = ()  # entries a sample of the state's segments that pass it by (`network.skip`)
     b: Tensor = NOT_YET
     slope: Float[Tensor, "..."] = NOT_YET
     second: Float[Tensor, "..."] = NOT_YET
 
     @property
     def kind(self) -> str:
-        """How the derivatives are found: "linear", "elementwise", or "general" (torch.func)."""
-        if (
-            type(self.module) is nn.Linear
-            and self.inputs.ndim == 2
-            and len(self.parameters) == len(list(self.module.parameters()))
-        ):
+        """How the derivatives are found: "linear", "elementwise", "wiring", or "general" (torch.func)."""
+        if isinstance(self.module, Wiring):
+            return "wiring"
+        if type(self.module) in LINEAR and len(self.parameters) == len(list(self.module.parameters())):
             return "linear"
         return "elementwise" if type(self.module) in ELEMENTWISE else "general"
 
@@ -71,6 +75,50 @@ class Stage:
     def has_bias(self) -> bool:
         """Whether a linear stage or a convolution has one."""
         return self.module.bias is not None
+
+    @property
+    def carry(self) -> int:
+        """Entries a sample that pass it by; its own input, and its own output, are the rest of the state."""
+        return sum(self.carried)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Entries a sample of the state's segments before it."""
+        return (*self.carried, self.inputs[0].numel())
+
+    @property
+    def wiring(self) -> Wiring:
+        return cast(Wiring, self.module)
+
+    @property
+    def rows(self) -> Float[Tensor, "BT a_in"]:
+        """The inputs of a linear stage, which it maps one by one: samples, or positions of samples (the second to last dimension and those before)."""
+        return self.inputs.reshape(-1, self.inputs.shape[-1])
+
+    @property
+    def signal(self) -> Float[Tensor, "BT a_out"]:
+        """b of a linear stage, row by row."""
+        return self.b.reshape(-1, self.b.shape[-1])
+
+    @property
+    def ones(self) -> Float[Tensor, "BT columns"]:
+        """What the bias is multiplied with in each row, in one column; without a bias in none."""
+        rows = self.rows
+        if not self.has_bias:
+            return rows[:, :0]
+        if isinstance(self.module, SharedLinear):
+            return self.module.biased.repeat(len(self.inputs)).unsqueeze(1)
+        return torch.ones_like(rows[:, :1])
+
+    def by_rows(self) -> "Stage":
+        """The same stage with positions for samples, where it treats them independently: a normalization over the last dimension."""
+        if not (
+            type(self.module) in (nn.LayerNorm, nn.RMSNorm)
+            and len(cast(nn.LayerNorm, self.module).normalized_shape) == 1
+        ):
+            return self
+        outputs = self.outputs.reshape(-1, self.outputs.shape[-1])
+        return replace(self, inputs=self.rows, outputs=outputs, b=self.signal)
 
     @property
     def x(self) -> Float[Tensor, " p"]:

@@ -29,31 +29,43 @@ Move = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
 def product(chain: Chain, v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """H v for one vector."""
     pieces = iter(v.split([len(stage.x) for stage in chain.live if stage.parameters]))
-    y: Tensor | None = None
-    pulls = []
-    for stage in chain.live:
+    live = chain.live
+    y: list[Tensor | None] = [None] * len(live[0].segments)  # of the state's segments; None where it is constant
+    pulls: list[Callable[[Tensor], tuple[Tensor, Tensor]] | None] = []
+    for stage in live:
+        if stage.kind == "wiring":
+            y = stage.wiring.forth(y)
+            pulls.append(None)
+            continue
         x = next(pieces) if stage.parameters else v[:0]
-        y, pull = MOVES.get(stage.kind, by_double_backward)(stage, x, y)
+        if y[-1] is None and not stage.parameters:
+            y[-1] = torch.zeros_like(stage.inputs)
+        y[-1], pull = MOVES.get(stage.kind, by_double_backward)(stage, x, y[-1])
         pulls.append(pull)
-    assert y is not None
-    signal = losses.products(chain.loss, chain.outputs, chain.targets)(y.view_as(chain.outputs))
+    assert y[-1] is not None
+    signals = [losses.products(chain.loss, chain.outputs, chain.targets)(y[-1].view_as(chain.outputs))]
     out = []
-    for pull in reversed(pulls):
-        g, signal = pull(signal)
+    for stage, pull in zip(reversed(live), reversed(pulls), strict=True):
+        if pull is None:
+            signals = stage.wiring.back(signals)
+            continue
+        g, signals[-1] = pull(signals[-1])
         out.append(g)
     return torch.cat(out[::-1])
 
 
 def _linear(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:
-    W, z, b = stage.weight, stage.inputs, stage.b
-    dW = x[: W.numel()].view_as(W)
-    moved = z @ dW.T + x[W.numel() :] if stage.has_bias else z @ dW.T
+    W, z, b, ones = stage.weight, stage.rows, stage.signal, stage.ones
+    dW, bias = x[: W.numel()].view_as(W), x[W.numel() :].unsqueeze(0)  # of no bias, no entries and no column of ones
+    moved = z @ dW.T + ones @ bias if stage.has_bias else z @ dW.T
+    y = None if y is None else y.reshape(z.shape)
 
     def pull(signal: Tensor) -> tuple[Tensor, Tensor]:
+        signal = signal.reshape(b.shape)
         weights = signal.T @ z if y is None else signal.T @ z + b.T @ y
-        return flat([weights, signal.sum(0)] if stage.has_bias else [weights]), signal @ W + b @ dW
+        return flat([weights, signal.T @ ones]), (signal @ W + b @ dW).view_as(stage.inputs)
 
-    return moved if y is None else moved + y @ W.T, pull
+    return (moved if y is None else moved + y @ W.T).view_as(stage.outputs), pull
 
 
 def _elementwise(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:

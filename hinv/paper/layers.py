@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hinv.modes import exact
-from hinv.network import Chain, Derivatives, Stage, derivatives, losses
-from hinv.network.blocks import fuse
+from hinv.network import Chain, Derivatives, Stage, losses
+from hinv.network.blocks import fuse, on_the_state
 from hinv.shapes import Float
 
 
@@ -60,9 +60,9 @@ def layers(chain: Chain) -> list[Layer]:
     )
     out = []
     for number, group in enumerate(groups):
-        block = derivatives(group[0], wrt_input=number > 0)
+        block = on_the_state(group[0], wrt_input=number > 0)
         for stage in group[1:]:
-            block = fuse(block, derivatives(stage))
+            block = fuse(block, on_the_state(stage))
         last = number == len(groups) - 1
         out.append(_stack(fuse(block, head) if last else block, last))
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hinv.errors import SingularShiftError
-from hinv.network import Chain, derivatives, losses
+from hinv.network import Chain, Stage, derivatives, losses
 from hinv.shapes import Float
 
 from .factor import check_right_hand_side
@@ -37,11 +37,16 @@ class Dual:
         gram = delta.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
         stripes = 1 + size // STRIPE
         cuts = [batch * i // stripes for i in range(stripes + 1)]
-        # of each stage with parameters Z (B, a_in) if it is linear, else D_l (p, BC); the deltas of the linear ones
+        # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
         self.stages, deltas = [], []
+        signals = [delta]  # of the state's segments
         for number in reversed(range(len(live))):
             stage = live[number]
-            if stage.kind == "linear":
+            if stage.kind == "wiring":
+                signals = stage.wiring.back(signals)
+                continue
+            delta = signals[-1]
+            if _alone(stage):
                 z = stage.inputs
                 rows = delta.mT.reshape(size, delta.shape[1])  # ((n, c), a_out)
                 kernel = (z @ z.T + float(stage.has_bias))[:, None, :, None]
@@ -56,20 +61,18 @@ class Dual:
             elif stage.kind == "elementwise":
                 delta = stage.slope.unsqueeze(2) * delta
             else:
-                block = derivatives(stage, wrt_input=number > 0)
+                D, delta = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
                 if stage.parameters:
-                    D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
                     gram += (D.T @ D).view_as(gram)
                     self.stages.insert(0, D)
-                if block.A is not None:
-                    delta = block.A.mT @ delta
+            signals[-1] = delta
         gram = gram.view(size, size)
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
         owners = [stage for stage in live if stage.parameters]
-        self.linear = [stage.kind == "linear" for stage in owners]
+        self.linear = [_alone(stage) for stage in owners]
         self.sizes = [len(stage.x) for stage in owners]
         self.units = [d.shape[1] for d in deltas]
         self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
@@ -128,3 +131,24 @@ class Dual:
             if piece.shape[1] > weights.shape[1]:
                 piece[:, weights.shape[1] :] = column.sum(0).view(k, -1)
         return out
+
+
+def _alone(stage: Stage) -> bool:
+    """Whether a stage is linear and meets each sample once: then D_l stays in its factors."""
+    return stage.kind == "linear" and stage.inputs.ndim == 2
+
+
+def _shared(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> tuple[Tensor, Tensor]:
+    """D_l = sum_t delta_nt z_nt^T (p, B r) of a linear stage shared over positions, and the deltas before it."""
+    batch, rank = len(delta), delta.shape[2]
+    at = delta.view(batch, -1, len(stage.weight), rank)  # (B, T, a_out, r)
+    z = torch.cat([stage.rows, stage.ones], 1).view(*at.shape[:2], -1)
+    weights, bias = torch.einsum("ntor,nti->oinr", at, z).split([stage.rows.shape[1], stage.has_bias * 1], 1)
+    D = torch.cat([weights.reshape(-1, batch * rank), bias.reshape(-1, batch * rank)])
+    return D, (stage.weight.T @ at).reshape(batch, -1, rank) if wrt_input else delta
+
+
+def _general(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> tuple[Tensor, Tensor]:
+    block = derivatives(stage, wrt_input)
+    D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
+    return D, delta if block.A is None else block.A.mT @ delta

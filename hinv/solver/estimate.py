@@ -14,7 +14,7 @@ import torch
 
 from hinv.network import Chain, losses
 
-from .parts import Conv2d, Dense, Diagonal, Linear, SmallLinear, kind
+from .parts import Convolution, Dense, Diagonal, Linear, SmallLinear, Wired, kind
 from .products import COLUMNS
 from .symmetric import SMALL, STRIPES, WIDE
 
@@ -76,14 +76,21 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
         stage = live[number]
         structure = kind(stage, number > 0)
         a_out, a_in, p = stage.outputs[0].numel(), stage.inputs[0].numel(), len(stage.x)
+        passed = batch * stage.carry  # rows of V that pass it by
         rows, k = batch * a_out, batch * a_in if number else 0
         if structure is Diagonal:
-            flops, keep, scratch = flops + 2.0 * rows * rows, 0, 2 * rows * rows
+            flops, keep, scratch = flops + 2.0 * rows * (rows + passed), 0, 2 * (rows + passed) ** 2
+        elif structure is Wired:
+            before = batch * sum(stage.segments)
+            behind = batch * sum(stage.wiring.sizes(stage.segments))
+            flops, keep, scratch = flops + before**2 + behind**2, 0, before**2 + behind**2 + before * behind
         elif structure is Dense:
             flops += eliminate(p, k) + 2.0 * (p * rows * rows + p * p * rows + p * rows * a_in + rows * rows * a_in)
+            alone = stage.by_rows()
+            samples, a_out, a_in = len(alone.inputs), alone.outputs[0].numel(), alone.inputs[0].numel()
             # torch.func, as many products would take: fitted to residual blocks of 544 to 2376 parameters
-            flops += 50.0 * batch * p * p + 700.0 * batch * p * (a_in + a_out)
-            blocks = batch * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
+            flops += 50.0 * samples * p * p + 700.0 * samples * p * (a_in + a_out)
+            blocks = samples * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
             keep, scratch = p * p + p * k + blocks, 2 * rows * rows + p * (rows + p + 2 * k) + 2 * k * k + blocks
             dual += 2.0 * batch * classes * (a_out * (a_in + p) + p * batch * classes)
         elif known and stage is live[-1]:
@@ -111,11 +118,11 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
                 n * n + 3 * n * k + k * k,
             )
             scratch = rows * rows + max(phases) - n * n - n * k
-            if structure is Conv2d:
+            if structure is Convolution:
                 scratch += rows * rows + n * rows + rows * k + k * k  # changes of layout
                 patches = batch * positions * (fan_in + 1)
                 keep += 2 * patches
-        if structure in (Linear, SmallLinear, Conv2d):
+        if structure in (Linear, SmallLinear, Convolution):
             dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
         peak = max(peak, kept + keep + scratch)
         kept += keep

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hinv.modes import exact
 from hinv.network import Derivatives, Stage, derivatives, losses
+from hinv.network.skip import on_segments
 from hinv.shapes import Float
 from hinv.solver.matrix import Matrix
 from hinv.solver.products import Products
@@ -38,23 +40,35 @@ def blocks(H: Products) -> Iterator[Block]:
         return
     V = losses.curvature(chain.loss, chain.outputs, chain.targets)  # (B, C, C)
     for number, stage in reversed(list(enumerate(live))):
+        c = stage.carry
         if stage.kind == "elementwise":
-            slope, bend = stage.slope, stage.bend
+            slope, bend = functional.pad(stage.slope, (c, 0), value=1.0), functional.pad(stage.bend, (c, 0))
             V = V * slope.unsqueeze(1) * slope.unsqueeze(2)
             if not H.gauss_newton:
                 V.diagonal(dim1=1, dim2=2).add_(bend)
-            continue
-        if stage.kind == "linear":
-            yield _linear(stage, V)
+        elif stage.kind == "wiring":
+            behind = stage.wiring.sizes(stage.segments)
+            V = on_segments(stage.wiring.back, on_segments(stage.wiring.back, V, behind, 1), behind, 2)
+        elif stage.kind == "linear":
+            yield _linear(stage, V[:, c:, c:])
             if number:
-                V = stage.weight.T @ V @ stage.weight
-            continue
-        D = derivatives(stage, wrt_input=number > 0)
-        if stage.parameters:
-            yield _general(stage, D, V, H.gauss_newton)
-        if number:
-            assert D.A is not None and D.G is not None
-            V = D.A.mT @ V @ D.A if H.gauss_newton else D.G + D.A.mT @ V @ D.A
+                V = _through(functools.partial(_weighted, stage), V, c)
+        else:
+            D = derivatives(stage, wrt_input=number > 0)
+            if stage.parameters:
+                yield _general(stage, D, V[:, c:, c:], H.gauss_newton)
+            if number:
+                assert D.A is not None and D.G is not None
+                V = _through(D.A.mT.matmul, V, c)
+                if not H.gauss_newton:
+                    V[:, c:, c:] += D.G
+
+
+def _through(transposed: Callable[[Tensor], Tensor], V: Float[Tensor, "B rows rows"], carry: int) -> Tensor:
+    """A^T V A, where A is the identity on the first `carry` entries and transposed(X) = A^T X on the others."""
+    for _ in range(2):
+        V = torch.cat([V[:, :carry], transposed(V[:, carry:])], 1).mT
+    return V
 
 
 def _of_the_dense(H: Products) -> Iterator[Block]:
@@ -65,27 +79,38 @@ def _of_the_dense(H: Products) -> Iterator[Block]:
         yield Block(stage, own.diagonal, own.clone, functools.partial(torch.linalg.matrix_norm, own))
 
 
-def _linear(stage: Stage, V: Float[Tensor, "B a_out a_out"]) -> Block:
-    """sum_n V_n kron (z~_n z~_n^T), z~ = [z, 1]: nothing of size p x p unless `dense` is called."""
-    z, bias = stage.inputs, stage.has_bias
+def _weighted(stage: Stage, X: Float[Tensor, "B rows columns"]) -> Float[Tensor, "B entries columns"]:
+    """A^T X of a linear stage, position by position."""
+    at = X.reshape(len(X), -1, len(stage.weight), X.shape[2])
+    return (stage.weight.T @ at).flatten(1, 2)
+
+
+def _linear(stage: Stage, V: Float[Tensor, "B rows rows"]) -> Block:
+    """sum_n of V_nts kron (z~_nt z~_ns^T) over positions t and s, z~ = [z, 1]: nothing of size p x p unless `dense` is called."""
     a_out, a_in = stage.weight.shape
+    T = len(stage.rows) // len(V)
+    V = V.reshape(len(V), T, a_out, T, a_out)
+
+    def of_positions(rows: Float[Tensor, "BT d"]) -> Float[Tensor, "B T d"]:
+        return rows.view(len(V), T, rows.shape[1])
 
     def diagonal() -> Float[Tensor, " p"]:
-        units = V.diagonal(dim1=1, dim2=2)  # (B, a_out)
-        weights = (units.T @ z.square()).flatten()
-        return torch.cat([weights, units.sum(0)]) if bias else weights
+        units = V.diagonal(dim1=2, dim2=4).reshape(-1, a_out)  # (B T T, a_out)
+        pairs = [z.unsqueeze(2) * z.unsqueeze(1) for z in map(of_positions, (stage.rows, stage.ones))]  # (B, T, T, d)
+        return torch.cat([(units.T @ pair.flatten(0, 2)).flatten() for pair in pairs])
 
     def dense() -> Float[Tensor, "p p"]:
-        rows = torch.cat([z, torch.ones_like(z[:, :1])], 1) if bias else z
-        full = torch.einsum("nop,nd,ne->odpe", V, rows, rows).reshape(a_out * rows.shape[1], -1)
-        if not bias:
-            return full
-        index = torch.arange(len(full), device=full.device).reshape(a_out, a_in + 1)
-        order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+        z = of_positions(torch.cat([stage.rows, stage.ones], 1))
+        moved = torch.einsum("ntosp,ntd->nspod", V, z)
+        full = torch.einsum("nspod,nse->odpe", moved, z).reshape(a_out * z.shape[2], -1)
+        index = torch.arange(len(full), device=full.device).view(a_out, -1)
+        order = torch.cat([index[:, :a_in].flatten(), index[:, a_in:].flatten()])
         return full[order][:, order]
 
     def norm() -> Float[Tensor, ""]:
-        inner = z @ z.T + float(bias)
+        if T > 1:
+            return torch.linalg.matrix_norm(dense())
+        inner = stage.rows @ stage.rows.T + stage.ones @ stage.ones.T
         flat = V.flatten(1)
         return ((flat @ flat.T) * inner.square()).sum().clamp_min(0.0).sqrt()
 

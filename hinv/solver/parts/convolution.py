@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional, grad
 
@@ -11,23 +12,27 @@ from hinv.shapes import Float
 from .linear import Linear
 
 
-class Conv2d(Linear):
+class Convolution(Linear):
     """The same map of patches to channels at every position; patches take the place of samples. Rows of V: (sample, channel, position).
 
-    Only for B L >= d (L positions): a batch of images excites all weights.
+    Only for B L >= d (L positions): a batch of images excites all weights. One dimension is two, the first of them of one position.
     """
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        module = cast(nn.Conv2d, stage.module)
-        self.weight, self.shape_in, self.shape_out = stage.weight, stage.inputs.shape, stage.outputs.shape
+        module = cast(nn.Conv1d | nn.Conv2d, stage.module)
+        one = isinstance(module, nn.Conv1d)
+        images, outputs, self.weight = (
+            t.unsqueeze(2) if one else t for t in (stage.inputs, stage.outputs, stage.weight)
+        )
+        self.shape_in, self.shape_out, self.positions = images.shape, outputs.shape, outputs[0, 0].numel()
         self.options: dict[str, Any] = {
-            "stride": module.stride,
+            "stride": (1, *module.stride) if one else module.stride,
             "padding": padding(module),
-            "dilation": module.dilation,
+            "dilation": (1, *module.dilation) if one else module.dilation,
         }
-        self.positions = stage.outputs[0, 0].numel()
-        patches = functional.unfold(stage.inputs, module.kernel_size, **self.options)  # (B, d, L)
-        self._set(stage, patches.mT.flatten(0, 1), gauss_newton, wrt_input)
+        patches = functional.unfold(images, self.weight.shape[2:], **self.options).mT.flatten(0, 1)  # (B L, d)
+        rows = torch.cat([patches, torch.ones_like(patches[:, :1])], 1) if stage.has_bias else patches
+        self._set(stage, rows, stage.b.view(outputs.shape), gauss_newton, wrt_input)
 
     def first(self, r: Tensor) -> Float[Tensor, "BL ak"]:
         r = r.reshape(self.batch, self.a_out, self.positions, -1).transpose(1, 2)
@@ -68,11 +73,11 @@ class Conv2d(Linear):
         return N
 
 
-def padding(module: nn.Conv2d) -> tuple[int, int] | None:
-    """Its padding in numbers; None where "same" pads one side more than the other."""
+def padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
+    """Its padding in numbers, of height and width; None where "same" pads one side more than the other."""
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     if module.padding == "valid":
-        return (0, 0)
-    if isinstance(module.padding, str):  # "same"
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-    return module.padding[0], module.padding[1]
+        total = [0 for _ in total]
+    elif not isinstance(module.padding, str):
+        total = [2 * int(pad) for pad in module.padding]
+    return None if any(t % 2 for t in total) else (0, *(t // 2 for t in total))[-2:]

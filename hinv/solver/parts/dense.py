@@ -13,7 +13,7 @@ class Dense(Part):
     """Any stage: per-sample blocks A, J, F, G and E as `stages.derivatives` gives them."""
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        D = derivatives(stage, wrt_input)
+        D = derivatives(stage.by_rows(), wrt_input)
         self.J, self.A = D.J.flatten(0, 1), D.A
         self.E, self.F, self.G = (None, None, None) if gauss_newton else (D.E, D.F, D.G)
         self.p = self.J.shape[1]

@@ -1,5 +1,6 @@
 """Elementwise stages: activations, with a diagonal Jacobian and diagonal second derivatives."""
 
+import torch
 from torch import Tensor
 
 from hinv.network import Stage
@@ -15,15 +16,18 @@ class Diagonal(Eliminated):
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
         self.slope, self.row = stage.slope.reshape(-1, 1), stage.slope.reshape(1, -1)
+        self.carry = len(stage.inputs) * stage.carry
         self.bend = None if gauss_newton else stage.bend.flatten()
 
     def eliminate(
         self, V: Float[Tensor, "k k"] | None, damping: float, try_cholesky: bool
     ) -> tuple[Eliminated, Float[Tensor, "k k"]]:
         assert V is not None  # only a Head knows V by itself
-        V = V.mul_(self.slope).mul_(self.row)
+        c = self.carry
+        V[c:].mul_(self.slope)
+        V[:, c:].mul_(self.row)
         if self.bend is not None:
-            V.diagonal().add_(self.bend)
+            V.diagonal()[c:].add_(self.bend)
         return self, V
 
     @property
@@ -36,10 +40,14 @@ class Diagonal(Eliminated):
 
     def backward(self, r: Float[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Float[Tensor, "rows k"]]:
         assert r is not None
-        return None, self.slope * r
+        return None, self._scaled(r)
 
     def forward(
         self, h: None, y: Float[Tensor, "rows k"] | None
     ) -> tuple[Float[Tensor, "0 k"], Float[Tensor, "rows k"]]:
         assert y is not None  # a stage with parameters comes before it
-        return y[:0], self.slope * y
+        return y[:0], self._scaled(y)
+
+    def _scaled(self, r: Float[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
+        c = self.carry
+        return torch.cat([r[:c], self.slope * r[c:]]) if c else self.slope * r

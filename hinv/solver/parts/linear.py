@@ -31,21 +31,27 @@ class Linear(Part):
     """
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        self._set(stage, stage.inputs, gauss_newton, wrt_input)
+        self._set(stage, torch.cat([stage.rows, stage.ones], 1), stage.signal, gauss_newton, wrt_input)
         n, k = self.m * self.a_out, self.batch * self.fan_in
         self.F = self.outer = None
         if self.curved and max(n, k) <= SMALL:  # kept whole where a broadcast costs more than the numbers
             self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(n, k)
             self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
 
-    def _set(self, stage: Stage, rows: Float[Tensor, "B a_in"], gauss_newton: bool, wrt_input: bool) -> None:
-        """rows: (B, a_in) inputs, or the patches of a convolution."""
+    def _set(
+        self,
+        stage: Stage,
+        rows: Float[Tensor, "BT d"],
+        signal: Float[Tensor, "B ..."],
+        gauss_newton: bool,
+        wrt_input: bool,
+    ) -> None:
+        """rows: what weights and bias are multiplied with at every position of every sample; signal: b as F meets it."""
         self.wrt_input, self.curved = wrt_input, wrt_input and not gauss_newton  # curved: whether F counts
         self.W, self.bias = stage.weight.flatten(1), stage.has_bias
-        self.e = torch.zeros_like(stage.b) if gauss_newton else stage.b
-        (self.a_out, self.fan_in), self.batch = self.W.shape, len(stage.inputs)
-        Zt = torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if self.bias else rows
-        self.Q, self.R = torch.linalg.qr(Zt.T)  # (d, m), (m, B)
+        self.e = torch.zeros_like(signal) if gauss_newton else signal
+        (self.a_out, self.fan_in), self.batch = self.W.shape, len(self.e)
+        self.Q, self.R = torch.linalg.qr(rows.T)  # (d, m), (m, BT)
         (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
         self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
 

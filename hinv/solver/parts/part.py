@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hinv.shapes import Array, Float
@@ -41,14 +42,29 @@ class Part:
 
     p: int  # parameters
     perp = 0  # how many of them the batch does not excite
+    carry = 0  # rows of V, the first ones, of what passes the stage by inside a residual block: there A is the identity
 
     def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         assert V is not None  # the last stage under a loss that leaves V to it is a Head
-        S, N, V = self.blocks(V)
+        state, c = V, self.carry
+        S, N, V = self.blocks(state[c:, c:])
         S.diagonal().add_(damping)
         self.eliminate_perp(V, damping)
+        if c and N is not None and V is not None:
+            N, V = self._beside(state, N, V)
         S = factored(S, try_cholesky)
         return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
+
+    def _beside(
+        self, state: Float[Tensor, "rows rows"], N: Float[Tensor, "p k"], V: Float[Tensor, "k k"]
+    ) -> tuple[Float[Tensor, "p columns"], Float[Tensor, "columns columns"]]:
+        """N and V of the whole state: what passes by is coupled to the stage by V alone."""
+        c = self.carry
+        JV, AV = self.pull(state[c:, :c])
+        assert AV is not None
+        full = V.new_empty(c + len(V), c + len(V))
+        full[:c, :c], full[c:, :c], full[:c, c:], full[c:, c:] = state[:c, :c], AV, AV.mT, V
+        return torch.cat([JV, N], 1), full
 
     def eliminate_perp(self, V: Array | None, damping: float) -> None:
         if not self.perp:
@@ -111,19 +127,27 @@ class Pivot(Eliminated):
         g, rest = self.part.take_apart(g)
         if rest is not None:
             rest = rest / self.damping
-        Jr, r = self.part.pull(r)
+        assert r is not None  # the last stage under a loss that gives none is a Head
+        c, passed = self.part.carry, r
+        Jr, r = self.part.pull(r[c:])
         u, w = self.S.start(g + Jr)
-        if self.Y is not None:
-            r = r - self.Y.T @ u
-            if rest is not None:
-                r -= self.part.F_rest_T(rest)
-        return (w, rest), r
+        if r is None or self.Y is None:  # the first stage
+            return (w, rest), None
+        if rest is not None:
+            r = r - self.part.F_rest_T(rest)
+        if c:
+            r = torch.cat([passed[:c], r])
+        return (w, rest), r - self.Y.T @ u
 
     def forward(self, h: Kept, y: Array | None) -> tuple[Float[Array, "p k"], Array]:
         w, rest = h
+        c, own = self.part.carry, None if y is None else y[self.part.carry :]
         if y is not None:
             w = w - self.Y @ y
             if rest is not None:
-                rest = rest - self.part.F_rest(y) / self.damping
+                rest = rest - self.part.F_rest(own) / self.damping
         x = self.S.back(w)
-        return self.part.put_together(x, rest), self.part.push(x, y)
+        moved = self.part.push(x, own)
+        if c:
+            moved = torch.cat([moved.new_zeros(c, x.shape[1]) if y is None else y[:c], moved])
+        return self.part.put_together(x, rest), moved

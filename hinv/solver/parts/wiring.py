@@ -1,0 +1,36 @@
+"""The stages that begin and end a residual block: segments of the state moved and added, no parameters and no curvature."""
+
+from torch import Tensor
+
+from hinv.network import Stage
+from hinv.network.skip import on_segments
+from hinv.shapes import Float
+
+from .part import Eliminated
+
+
+class Wired(Eliminated):
+    p = 0
+    negative = 0
+    log_abs_det = 0.0
+
+    def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
+        self.wiring, batch = stage.wiring, len(stage.inputs)
+        self.before = [batch * a for a in stage.segments]
+        self.behind = self.wiring.sizes(self.before)
+
+    def eliminate(
+        self, V: Float[Tensor, "rows rows"] | None, damping: float, try_cholesky: bool
+    ) -> tuple[Eliminated, Float[Tensor, "columns columns"]]:
+        assert V is not None  # only a Head knows V by itself
+        for dim in (0, 1):
+            V = on_segments(self.wiring.back, V, self.behind, dim)
+        return self, V
+
+    def backward(self, r: Float[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Float[Tensor, "columns k"]]:
+        assert r is not None
+        return None, on_segments(self.wiring.back, r, self.behind)
+
+    def forward(self, h: None, y: Float[Tensor, "columns k"] | None) -> tuple[Float[Tensor, "0 k"], Tensor]:
+        assert y is not None  # a stage with parameters comes before it
+        return y[:0], on_segments(self.wiring.forth, y, self.before)
