@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hinv import paper, spectrum
 from hinv.errors import AccuracyWarning
 from hinv.html import table
-from hinv.modes import exact
+from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 from hinv.shapes import Float, Int
 from hinv.solve import SolveReport, solve
@@ -28,7 +28,8 @@ class Curvature(Matrix):
     def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         super().__init__(Chain(model, loss, inputs, targets, check), self.gauss_newton)
         if check:
-            verify(self, model, loss)
+            with threads(self.chain.rows):
+                verify(self, model, loss)
         at = self.chain.loss, self.chain.outputs, self.chain.targets
         if check and self.gauss_newton and losses.diagonal_minus_rank_one(*at) is None and losses.linear(*at):
             warnings.warn(
@@ -183,8 +184,9 @@ class Hessian(Curvature):
     formed except by `dense()` and `method="dense"`.
 
     Args:
-        model: nn.Sequential (nested ones are flattened) of Linear, elementwise activations, Flatten, LayerNorm, Conv2d,
-            pooling, or any module of one tensor to one tensor that treats samples independently. Parameters with requires_grad=False are constants.
+        model: nn.Sequential (nested ones are flattened) of Linear, elementwise activations, Flatten, LayerNorm, Conv1d, Conv2d,
+            pooling, hinv.Residual, or any module of one tensor to one tensor that treats samples independently. Parameters with requires_grad=False are
+            constants.
         loss: CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, or any callable (outputs, targets) -> sum or mean over samples.
         inputs: (B, ...), floating point, dtype (float32 or float64) and device of the model.
         targets: as the loss wants them.

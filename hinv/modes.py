@@ -1,4 +1,4 @@
-"""What a caller may have switched on for the whole process, and must not reach into exact derivatives."""
+"""What a caller may have switched on for the whole process, and must not reach into exact derivatives; and how many threads they take."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -35,3 +35,23 @@ def exact() -> Generator[None, None, None]:
     finally:
         for switch in fused:
             switch(True)
+
+
+NARROW = 128  # rows of the largest matrix up to which one thread is as fast as two
+
+
+@contextmanager
+def threads(rows: int) -> Generator[None, None, None]:
+    """One thread where matrices have few rows, whatever the caller's setting, which comes back afterwards.
+
+    A second one gains nothing there, and costs a factor of twenty where another process keeps its core busy: calls of some microseconds wait for it.
+    """
+    before = torch.get_num_threads()
+    if rows > NARROW or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

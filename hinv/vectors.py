@@ -23,5 +23,13 @@ def normal(shape: int | Sequence[int], like: Tensor, generator: torch.Generator 
     return torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
+def not_finite(tensors: Sequence[Tensor]) -> int | None:
+    """Which is the first of these tensors that holds NaN or infinite values, if one does. Sums first, as they take a third of the calls; they may overflow
+    where no entry does."""
+    if tensors and torch.stack([t.detach().sum() for t in tensors]).isfinite().all():
+        return None
+    return next((i for i, t in enumerate(tensors) if not t.isfinite().all()), None)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)

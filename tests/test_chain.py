@@ -1,5 +1,7 @@
 """Every input the structure cannot take is refused at construction, by name and with the remedy."""
 
+import copy
+
 import pytest
 import torch
 from conftest import DEVICE, build, reference_hessian, relative
@@ -7,6 +9,7 @@ from torch import nn
 
 from hinv import Hessian
 from hinv.network.chain import Chain
+from hinv.network.copies import copied
 
 X = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(0))
 Y = torch.tensor([0, 1, 0, 1])
@@ -358,3 +361,29 @@ def test_buffers_may_be_infinite():
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="leave it first"):
         Hessian(mlp(), CE, X, Y)
+
+
+def test_copies_are_deepcopys():
+    """Parameters that two modules share, buffers, settings, hooks, modules of the user's own, and tensors that lie otherwise in memory."""
+
+    class Own(nn.Linear):
+        extra = None
+
+    shared, own = nn.Linear(3, 3), Own(3, 3)
+    own.extra = [torch.ones(2)]
+    transposed = nn.Linear(3, 3)
+    transposed.weight = nn.Parameter(torch.randn(3, 3).T, requires_grad=False)
+    model = nn.Sequential(shared, nn.Sequential(nn.BatchNorm1d(3), shared), own, nn.Linear(3, 3), transposed).eval()
+    model[3].weight = shared.weight
+    model[3].register_buffer("unused", None)
+    new, reference = copied(model), copy.deepcopy(model)
+    assert repr(new) == repr(reference) and not new.training
+    for (name, ours), (other, theirs) in zip(new.state_dict().items(), reference.state_dict().items(), strict=True):
+        assert name == other and torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    old = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
+    assert not old & {t.data_ptr() for t in [*new.parameters(), *new.buffers()]}
+    assert new[0] is new[1][1] and new[3].weight is new[0].weight and new[2].extra[0] is not own.extra[0]
+    assert [p.requires_grad for p in new.parameters()] == [p.requires_grad for p in model.parameters()]
+    model[0].register_forward_hook(lambda *_: None)
+    model[3].register_parameter("late", nn.Parameter(torch.ones(1)))
+    assert not new[0]._forward_hooks and "late" not in dict(new[3].named_parameters())

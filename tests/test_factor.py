@@ -542,9 +542,17 @@ SUPPORTED = {
         *("elu, custom loss", "relu"),
     ),
     "`LayerNorm`": ("layernorm",),
-    "`Conv2d`, `AvgPool2d`, `MaxPool2d`, `Flatten`": ("convolution", "max pooling"),
+    "`Conv1d`, `Conv2d`, `AvgPool2d`, `MaxPool2d`, `Flatten`": (
+        *("convolution", "convolution in one dimension"),
+        "max pooling",
+    ),
     "`BatchNorm1d`, `Dropout` in eval mode, nested `Sequential`": ("nested, eval batchnorm and dropout",),
-    "residual block, or any per-sample module": ("residual blocks",),
+    "`hinv.Residual`: nested, with a projection, over images": (
+        *("skip connections", "skip connections, nested, first and last"),
+        "skip connections over images",
+    ),
+    "`Linear` and `LayerNorm` on tokens, `hinv.SharedLinear`": ("tokens", "outputs on positions", "jets"),
+    "a block of one's own, or any per-sample module": ("residual blocks",),
     "frozen layers or parameters, in-place modules": ("frozen layers", "frozen bias, in-place relu"),
     "`CrossEntropyLoss`: mean, sum, weights, label smoothing": (
         "tanh, cross-entropy",

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import build, reference_hessian, relative
+from conftest import DEVICE, build, reference_hessian, relative
 from torch import nn
 
-from hinv import GGN, CurvatureMonitor, Eigenpairs, Hessian, optim, paper, spectrum
+from hinv import GGN, CurvatureMonitor, Eigenpairs, Hessian, SingularShiftError, optim, paper, spectrum, tall_skinny
+from hinv.solver import parts
 from hinv.solver.dual import Dual
 
 
@@ -343,3 +344,27 @@ def test_a_subclass_is_followed():
     model, loss, x, y = small()
     replaced_in_a_subclass(model)
     assert relative(Hessian(model, loss, x, y).dense(), reference_hessian(model, loss, x, y)) < 1e-10
+
+
+@pytest.mark.parametrize(("width", "inside"), [(4, 1), (80, 2)])
+def test_a_narrow_network_takes_one_thread_and_gives_the_others_back(monkeypatch, width, inside):
+    """Of two; in a wide one both work."""
+    seen, batch = [], 4
+    original = parts.Linear.blocks, parts.SmallLinear.eliminate
+    monkeypatch.setattr(parts.Linear, "blocks", lambda *a: (seen.append(torch.get_num_threads()), original[0](*a))[1])
+    monkeypatch.setattr(
+        parts.SmallLinear, "eliminate", lambda *a: (seen.append(torch.get_num_threads()), original[1](*a))[1]
+    )
+    x = torch.randn(batch, 3, generator=torch.Generator(DEVICE).manual_seed(0)).double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        H = Hessian(tall_skinny((3, width, width, 2)), nn.CrossEntropyLoss(), x, torch.arange(batch) % 2)
+        x = H.solve(H.gradient, 0.1, method="factor")
+        assert torch.get_num_threads() == 2
+        with pytest.raises(SingularShiftError):
+            Hessian(nn.Sequential(nn.Linear(9, 2)), nn.MSELoss(), torch.zeros(2, 9), torch.zeros(2, 2)).factor(0.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {inside} and relative(H @ x + 0.1 * x, H.gradient) < 1e-8

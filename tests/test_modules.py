@@ -7,6 +7,7 @@ import torch
 from conftest import build, relative
 from torch import nn
 
+import hinv
 from hinv import GGN, AccuracyWarning, CertificateWarning, Hessian, optim
 from hinv.network.blocks import agree
 
@@ -328,3 +329,49 @@ def test_float32_residuals_are_those_of_the_matrix_and_not_of_its_rounding():
         step = H.solve(H.gradient, size, method=method).double()
         true = ((D @ step + size * step - H.gradient.double()).norm() / H.gradient.norm()).item()
         assert H.last_solve.residual < 1e-6 and abs(true - H.last_solve.residual) < 1e-6
+
+
+class BasicBlock(nn.Module):
+    """Written as torchvision's: convolutions and normalizations as attributes, the addition in forward."""
+
+    def __init__(self, inside, outside, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
+        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride > 1 or inside != outside:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+
+    def forward(self, z):
+        skip = z if self.downsample is None else self.downsample(z)
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(z))))) + skip)
+
+    def taken_apart(self):
+        """The same as a pipeline: two lines for a block of one's own."""
+        body = nn.Sequential(self.conv1, self.bn1, self.relu, self.conv2, self.bn2)
+        return nn.Sequential(hinv.Residual(body, self.downsample), nn.ReLU())
+
+
+def test_torchvisions_blocks_taken_apart():
+    torch.manual_seed(0)
+    blocks = [BasicBlock(1, 2), BasicBlock(2, 2), BasicBlock(2, 3, stride=2)]
+    tail = [nn.Flatten(), nn.Linear(12, 3)]
+    whole, apart = (nn.Sequential(*b, *tail).double() for b in (blocks, [b.taken_apart() for b in blocks]))
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            module.running_mean.normal_(std=0.1), module.running_var.uniform_(0.5, 2.0)
+    x, y = torch.randn(4, 1, 4, 4).double(), torch.arange(4) % 3
+    whole.eval(), apart.eval()
+    whole.parameters = apart.parameters  # a projection's come first there
+    H, D = Hessian(apart, CE, x, y), double_backward(whole, CE, x, y)
+    assert len(H.chain.stages) > 20
+    b = torch.randn(len(D)).double()
+    x = H.solve(b, 0.1, method="factor", rtol=1e-11)
+    assert relative(D @ x + 0.1 * x, b) < 1e-10
+    assert H.factor(0.1).inertia[1] == int((torch.linalg.eigvalsh(D) < -0.1).sum())
+
+
+def test_a_residual_block_that_does_not_add_up_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), hinv.Residual(nn.Linear(4, 1)), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"residual block '1': its skip gives \(2, 4\) and its body \(2, 1\).*skip="):
+        Hessian(model, CE, torch.randn(2, 3), torch.tensor([0, 1]))

@@ -14,6 +14,7 @@ from hinv.solver.symmetric import (
     Small,
     Unpivoted,
     factored,
+    in_place,
     subtract_product,
 )
 
@@ -89,6 +90,18 @@ def test_product_by_block_rows():
     subtract_product(V, X, D * X)
     torch.testing.assert_close(V, -X.T @ (D * X))
     assert torch.equal(V, V.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [2, 7, 130])
+def test_ldl_in_place_is_torchs_own(n, dtype):
+    """That torch writes into its input where input and output are one tensor, stored by columns, is said nowhere."""
+    A = matrix("zero diagonal", n, 3, dtype).cpu()
+    packed, pivots, _ = torch.linalg.ldl_factor_ex(A)
+    S = A.clone()
+    ours, our_pivots = in_place(S)
+    assert ours.data_ptr() == S.data_ptr()
+    assert torch.equal(ours.tril(), packed.tril()) and torch.equal(our_pivots, pivots)
 
 
 def eliminated(A):

@@ -9,16 +9,20 @@ this door needs to check again. It keeps its own copy of the model: training the
     b_l      like z_l         d loss / d z_l, rows of all samples (the loss's 1/B is inside)
 """
 
-import copy
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hinv.errors import NotFiniteError
+from hinv.modes import threads
 from hinv.shapes import Float
+from hinv.vectors import not_finite
 
 from . import losses
 from .blocks import check_twice
+from .copies import copied
 from .door import check_independent, check_model, check_tensors
 from .skip import Merge, Wiring, opened
 from .stages import Stage, differentiate
@@ -41,8 +45,12 @@ class Chain:
     def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         check_model(model)
         check_tensors(model, inputs, targets)
+        with threads(len(inputs) * max(len(p) if p.ndim else 1 for p in model.parameters())):
+            self._build(model, loss, inputs, targets, check)
+
+    def _build(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool) -> None:
         try:
-            self.model, self.loss = copy.deepcopy(model), loss
+            self.model, self.loss = cast(nn.Sequential, copied(model)), loss
         except RuntimeError as error:
             raise ValueError(f"the model cannot be copied ({error}); call detach() on the tensors it keeps") from error
         self.inputs, self.targets = inputs.detach().clone(), targets.detach().clone()
@@ -67,6 +75,11 @@ class Chain:
     def outputs(self) -> Float[Tensor, "B ..."]:
         """(B, ...) what the loss sees."""
         return self.stages[-1].outputs
+
+    @cached_property
+    def rows(self) -> int:
+        """The largest number of entries that a stage puts out for the whole batch: rows of the largest matrices there will be."""
+        return max(stage.outputs.numel() for stage in self.stages)
 
     @property
     def live(self) -> list[Stage]:
@@ -96,15 +109,15 @@ class Chain:
                     f"stage '{name}' ({module}) maps a batch of {len(z)} to {got}: each stage must map one tensor to one "
                     "tensor, batch dimension first and at least one dimension for the units"
                 )
-            if not out.isfinite().all():
-                raise NotFiniteError(
-                    f"stage '{name}' ({module}) puts out NaN or infinite values: check the scale of inputs and weights"
-                )
             stage = Stage(name, module, parameters, z, out, carried=tuple(t[0].numel() for t in state[:-1]))
             if check and stage.kind == "general":
                 check_independent(stage)
             stages.append(stage)
             state = [*state[:-1], out]
+        if (bad := not_finite([stage.outputs for stage in stages])) is not None:
+            raise NotFiniteError(
+                f"stage '{stages[bad].name}' ({stages[bad].module}) puts out NaN or infinite values: check the scale of inputs and weights"
+            )
         return stages
 
     @staticmethod

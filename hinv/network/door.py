@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from hinv.errors import NotFiniteError
+from hinv.vectors import not_finite
 
 from .skip import opened
 from .stages import Stage
@@ -90,8 +91,9 @@ def check_tensors(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
             raise TypeError(f"'{name}' is {tensor.dtype}: exact curvature needs float32 or float64, use model.double()")
         if tensor.dtype != inputs.dtype:
             raise TypeError(f"'{name}' is {tensor.dtype}, the inputs {inputs.dtype}: convert one to the other")
-        if isinstance(tensor, nn.Parameter) and not tensor.isfinite().all():  # a buffer may: attention masks hold -inf
-            raise NotFiniteError(f"'{name}' contains NaN or infinite values")
+    names, parameters = zip(*model.named_parameters(), strict=True)  # a buffer may: attention masks hold -inf
+    if (bad := not_finite(parameters)) is not None:
+        raise NotFiniteError(f"'{names[bad]}' contains NaN or infinite values")
     if not inputs.isfinite().all():
         raise ValueError("inputs contain NaN or infinite values")
 

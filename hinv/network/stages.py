@@ -13,6 +13,7 @@ with b is already done, which is all that the algorithms ever use. A stage witho
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -52,7 +53,7 @@ class Stage:
     slope: Float[Tensor, "..."] = NOT_YET
     second: Float[Tensor, "..."] = NOT_YET
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """How the derivatives are found: "linear", "elementwise", "wiring", or "general" (torch.func)."""
         if isinstance(self.module, Wiring):

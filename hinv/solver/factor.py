@@ -23,10 +23,11 @@ from torch import Tensor
 
 from hinv.errors import AccuracyWarning, SingularShiftError
 from hinv.html import table
+from hinv.modes import threads
 from hinv.shapes import Float
 from hinv.vectors import normal, seeded
 
-from .parts import HeadPivot, Structure
+from .parts import Eliminated, HeadPivot, Structure
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
@@ -52,8 +53,17 @@ class Factor:
         """structure: of `parts`; product: v -> H v, independent of it."""
         stages, V = structure
         self.damping, self.product = damping, product
-        self.pivots = []
+        self.pivots: list[Eliminated] = []
         self.rows = 0 if V is None else len(V)
+        self.largest = max(stage.outputs.numel() for stage, _ in stages)
+        with threads(self.largest):
+            self._eliminate(structure, damping)
+        self.sizes = [part.p for _, part in stages]
+        self.like = stages[0][0].inputs[:0]
+        self.dtype, self.device = self.like.dtype, self.like.device
+
+    def _eliminate(self, structure: Structure, damping: float) -> None:
+        stages, V = structure
         V = None if V is None else V.clone()
         definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
         for stage, part in reversed(stages):
@@ -66,9 +76,6 @@ class Factor:
                 ) from error
             self.pivots.append(pivot)
             definite = definite and pivot.negative == 0
-        self.sizes = [part.p for _, part in stages]
-        self.like = stages[0][0].inputs[:0]
-        self.dtype, self.device = self.like.dtype, self.like.device
 
     def __repr__(self) -> str:
         P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
@@ -147,8 +154,12 @@ class Factor:
         check_right_hand_side(b, sum(self.sizes))
         if not b.numel():
             return b.clone()
+        with threads(self.largest):
+            return self._sweeps(b.reshape(len(b), -1).to(self.dtype)).reshape(b.shape).to(b.dtype)
+
+    def _sweeps(self, b: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         r, kept = None, []
-        pieces = b.reshape(len(b), -1).to(self.dtype).split(self.sizes)
+        pieces = b.split(self.sizes)
         if not isinstance(self.pivots[0], HeadPivot):
             r = pieces[0].new_zeros(self.rows, pieces[0].shape[1])
         for pivot, g in zip(self.pivots, reversed(pieces), strict=True):
@@ -158,4 +169,4 @@ class Factor:
         for pivot, h in zip(reversed(self.pivots), reversed(kept), strict=True):
             step, y = pivot.forward(h, y)
             x.append(step)
-        return torch.cat(x).reshape(b.shape).to(b.dtype)
+        return torch.cat(x)

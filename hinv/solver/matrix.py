@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hinv.modes import exact
+from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 
 from .dual import Dual
@@ -32,6 +32,7 @@ class Matrix(Products):
         self.counted: dict[float, int] = {}
         self.uncertain: dict[float, float] = {}
         self._structures: dict[torch.dtype, Structure] = {}
+        self._estimates: dict[torch.dtype, Estimate] = {}
         self._convex: bool | None = None
         self._others: dict[torch.dtype, Matrix] = {}  # the same in another dtype
 
@@ -40,7 +41,12 @@ class Matrix(Products):
 
         Nothing is allocated. The cost does not depend on the damping.
         """
-        return estimate(self.chain, self.gauss_newton, self.dtype)
+        return self._estimate(self.dtype)
+
+    def _estimate(self, dtype: torch.dtype) -> Estimate:
+        if dtype not in self._estimates:
+            self._estimates[dtype] = estimate(self.chain, self.gauss_newton, dtype)
+        return self._estimates[dtype]
 
     @exact()
     def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None) -> Factor | Dual:
@@ -62,7 +68,7 @@ class Matrix(Products):
         """
         damping = checked_damping(damping)
         dtype = dtype or self.dtype
-        prediction = estimate(self.chain, self.gauss_newton, dtype)
+        prediction = self._estimate(dtype)
         if prediction.method == "dual" and damping > 0 and self._is_convex():
             require(prediction, "dual", self.device)
             return Dual(converted(self.chain, dtype), damping)
@@ -76,7 +82,8 @@ class Matrix(Products):
     def structure(self, dtype: torch.dtype) -> Structure:
         """What the elimination needs and no damping changes: the derivatives of every stage. Computed once for each dtype."""
         if dtype not in self._structures:
-            self._structures[dtype] = parts(converted(self.chain, dtype), self.gauss_newton)
+            with threads(self.chain.rows):
+                self._structures[dtype] = parts(converted(self.chain, dtype), self.gauss_newton)
         return self._structures[dtype]
 
     def double(self: M) -> M:

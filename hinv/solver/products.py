@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hinv.errors import NotFiniteError
-from hinv.modes import exact
+from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 from hinv.shapes import Float
 from hinv.vectors import flat
@@ -49,7 +49,7 @@ class Products:
     def _record(self) -> None:
         """Autograd's graphs, which products go back through."""
         chain = self.chain
-        with torch.enable_grad():
+        with torch.enable_grad(), threads(chain.rows):
             self._outputs = chain.model(chain.inputs.clone())
             scalar = losses.value(chain.loss, self._outputs, chain.targets)
             # H keeps the gradient's graph: each product with it is one backward pass through that; G needs the outputs' alone
@@ -94,7 +94,8 @@ class Products:
         """
         v = self.checked(v, "the factor")
         if v.ndim == 1:
-            return self.multiply(v)
+            with threads(self.chain.rows):
+                return self.multiply(v)
         width = max(1, COLUMNS // (self.shape[0] + 4 * sum(stage.outputs.numel() for stage in self.chain.live)))
         return torch.cat([self._columns(piece) for piece in v.split(width, dim=1)], dim=1)
 

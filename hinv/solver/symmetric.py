@@ -26,8 +26,8 @@ lapack: Any = _lapack  # its types leave out sytrf's companions
 
 GROWTH = 1e4  # up to which an elimination without pivoting is taken; to 1e4 it cost no digits that pivoting kept, at 1e5 three on the widest network
 SMALL = 96  # rows up to which NumPy is faster than torch
-STRIPES = 6  # block rows of a symmetric product: 7/12 of the flops of a full one
-WIDE = 512  # rows from which that pays
+STRIPES = 4  # block rows of a symmetric product: 5/8 of the flops of a full one
+WIDE = 320  # rows from which that pays
 
 
 class SingularPivotError(torch.linalg.LinAlgError):
@@ -171,7 +171,7 @@ class LDL(Symmetric):
     """P S P^T = L D L^T with torch's LAPACK, which shares a thread pool with the products around it; of a GPU's matrix too, by way of the host."""
 
     def __init__(self, S: Float[Tensor, "n n"]):
-        packed, pivots, _ = torch.linalg.ldl_factor_ex(S.cpu())
+        packed, pivots = in_place(S.cpu())
         L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
         self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
         self.L, self.order, self.inverse = (torch.from_numpy(a).to(S.device) for a in (L, order, inverse[:, None]))
@@ -197,6 +197,14 @@ class LDL(Symmetric):
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         Z = torch.linalg.solve_triangular(self.L.mT, Z, upper=True, unitriangular=True)
         return torch.empty_like(Z).index_copy_(0, self.order, Z)
+
+
+def in_place(S: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Int[Tensor, " n"]]:
+    """ldl_factor_ex's packed factor and pivots in the memory of S. LAPACK wants columns, and S^T is S by columns; torch copies where input and output are not
+    the same tensor, by strides, which takes up to half as long as the arithmetic."""
+    columns, pivots, info = S.mT, S.new_empty(len(S), dtype=torch.int32), S.new_empty((), dtype=torch.int32)
+    torch.linalg.ldl_factor_ex(columns, out=(columns, pivots, info))
+    return columns, pivots
 
 
 class Small(Symmetric):

@@ -31,12 +31,19 @@ class Linear(Part):
     """
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
-        self._set(stage, torch.cat([stage.rows, stage.ones], 1), stage.signal, gauss_newton, wrt_input)
+        self._set(
+            stage,
+            torch.cat([stage.rows, stage.ones], 1) if stage.has_bias else stage.rows,
+            stage.signal,
+            gauss_newton,
+            wrt_input,
+        )
         n, k = self.m * self.a_out, self.batch * self.fan_in
         self.F = self.outer = None
         if self.curved and max(n, k) <= SMALL:  # kept whole where a broadcast costs more than the numbers
-            self.F = torch.einsum("no,kj->jonk", self.e, self.Q_in).reshape(n, k)
-            self.outer = torch.kron(self.e @ self.e.T, self.beyond()) if self.perp else None
+            self.F = (self.e.T[None, :, :, None] * self.Q_in.T[:, None, None, :]).reshape(n, k)
+            if self.perp:
+                self.outer = ((self.e @ self.e.T)[:, None, :, None] * self.beyond()[None, :, None, :]).reshape(k, k)
 
     def _set(
         self,
@@ -144,7 +151,9 @@ class Linear(Part):
 
     def beyond(self) -> Float[Array, "a_in a_in"]:
         """I - Q Q^T on the weights of one unit."""
-        return torch.eye(self.fan_in, dtype=self.Q.dtype, device=self.Q.device) - self.Q_in @ self.Q_in.T
+        P = self.Q_in @ -self.Q_in.T
+        P.diagonal().add_(1.0)
+        return P
 
     def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
