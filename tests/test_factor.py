@@ -31,7 +31,7 @@ from hinv import (
     tall_skinny,
 )
 from hinv.network import losses
-from hinv.solver import estimate, factor, matrix, parts, sparse
+from hinv.solver import estimate, factor, matrix, memory, parts, sparse
 from hinv.solver.dual import Dual
 from hinv.solver.symmetric import Cholesky, Small
 
@@ -467,7 +467,7 @@ def test_memory_is_refused_before_allocating(monkeypatch):
     H = Hessian(
         tall_skinny((64, *[24] * 8, 10)), nn.CrossEntropyLoss(), torch.randn(32, 64).double(), torch.arange(32) % 10
     )
-    monkeypatch.setattr(estimate, "available", lambda device: 10**6)
+    monkeypatch.setattr(memory, "available", lambda device: 10**6)
     monkeypatch.setattr("hinv.solver.matrix.parts", lambda *_: pytest.fail("allocated"))
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -761,9 +761,9 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, own, files, left
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    assert estimate.left_to_the_container(tmp_path / "groups", tmp_path / "self") == left
-    monkeypatch.setattr(estimate, "left_to_the_container", lambda: left)
-    assert estimate.available(torch.device("cpu")) <= left
+    assert memory.left_to_the_container(tmp_path / "groups", tmp_path / "self") == left
+    monkeypatch.setattr(memory, "left_to_the_container", lambda: left)
+    assert memory.available(torch.device("cpu")) <= left
     survived(
         "memory limit of a container (control groups, versions 1 and 2)",
         "a factorization over it is refused by its estimate",

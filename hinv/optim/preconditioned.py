@@ -14,7 +14,7 @@ from hinv.errors import SingularShiftError
 from hinv.modes import exact
 from hinv.network import losses
 from hinv.shapes import Float
-from hinv.solver.estimate import require
+from hinv.solver.memory import require
 from hinv.vectors import flat
 
 from .descent import Descent, Direction, StepReport

@@ -9,7 +9,7 @@ from hinv.curvature import Curvature, Hessian
 from hinv.errors import SingularShiftError
 from hinv.network import losses
 from hinv.shapes import Float
-from hinv.solver.estimate import require
+from hinv.solver.memory import require
 
 from .descent import Direction
 from .preconditioned import Preconditioned

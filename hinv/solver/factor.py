@@ -27,6 +27,7 @@ from hinv.modes import threads
 from hinv.shapes import Float
 from hinv.vectors import normal, seeded
 
+from .memory import Holes
 from .parts import Eliminated, HeadPivot, Structure
 from .symmetric import SingularPivotError
 
@@ -64,7 +65,7 @@ class Factor:
 
     def _eliminate(self, structure: Structure, damping: float) -> None:
         stages, V = structure
-        V = None if V is None else V.clone()
+        V, holes = None if V is None else V.clone(), Holes()
         definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
         for stage, part in reversed(stages):
             try:
@@ -76,6 +77,8 @@ class Factor:
                 ) from error
             self.pivots.append(pivot)
             definite = definite and pivot.negative == 0
+            if V is not None and V.device.type == "cpu":
+                holes(4 * V.nbytes)
 
     def __repr__(self) -> str:
         P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)

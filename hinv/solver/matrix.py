@@ -12,8 +12,9 @@ from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 
 from .dual import Dual
-from .estimate import Estimate, estimate, require
+from .estimate import Estimate, estimate
 from .factor import Factor
+from .memory import require
 from .parts import Structure, parts
 from .products import Products
 

@@ -62,8 +62,11 @@ class Part:
         c = self.carry
         JV, AV = self.pull(state[c:, :c])
         assert AV is not None
-        full = V.new_empty(c + len(V), c + len(V))
-        full[:c, :c], full[c:, :c], full[:c, c:], full[c:, c:] = state[:c, :c], AV, AV.mT, V
+        full = state  # overwritten where it has the size
+        if len(state) != c + len(V):
+            full = V.new_empty(c + len(V), c + len(V))
+            full[:c, :c] = state[:c, :c]
+        full[c:, :c], full[:c, c:], full[c:, c:] = AV, AV.mT, V
         return torch.cat([JV, N], 1), full
 
     def eliminate_perp(self, V: Array | None, damping: float) -> None:
