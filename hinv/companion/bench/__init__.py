@@ -5,6 +5,7 @@ repetitions in one process, float64; memory is the growth of the peak resident s
 """
 
 from .measure import (
+    SIX,
     deep,
     digits_network,
     eliminated,
@@ -17,6 +18,7 @@ from .measure import (
 from .table import on_a_gpu, table
 
 __all__ = [
+    "SIX",
     "deep",
     "digits_network",
     "eliminated",

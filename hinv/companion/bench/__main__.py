@@ -51,6 +51,11 @@ def on_the_cpu() -> None:
         "9 a million parameters": f.million,
         "dual": f.dual,
         "10 import": f.imports,
+        "11 a fresh step": f.fresh_step,
+        "12 residual blocks": f.residual_blocks,
+        "13 choices": f.choices,
+        "14 a busy neighbour": f.beside_a_neighbour,
+        "15 memory": f.memory,
     }
     machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     write("bench.json", machine, measure(steps))

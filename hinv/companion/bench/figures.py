@@ -3,15 +3,30 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from hinv.curvature import GGN, Hessian
+from hinv.curvature import GGN, Curvature, Hessian
 from hinv.solver import sparse
 
-from .measure import SIX, deep, digits_network, eliminated, memory_of_depth, network, peak_bytes, residual, seconds
+from .measure import (
+    SIX,
+    convolutional,
+    deep,
+    digits_network,
+    eliminated,
+    memory_of_depth,
+    network,
+    peak_bytes,
+    residual,
+    residual_network,
+    seconds,
+    seconds_of,
+    whole_step,
+)
 
 
 def against_the_papers_algorithm() -> dict[str, Any]:
@@ -189,6 +204,103 @@ def dual() -> dict[str, Any]:
     G.structure(G.dtype)
     recursion, direct = seconds(lambda: eliminated(G)), seconds(lambda: G.factor(0.1))
     return {"recursion": recursion, "dual": direct, "chosen": G.estimate().method}
+
+
+def fresh_step() -> dict[str, Any]:
+    """All that a step of training pays, in Hessian-vector products by automatic differentiation."""
+    out: dict[str, Any] = {}
+    for name, target in (("8-8x79-10 B8", 8.0), ("16-16x999-10 B4", None)):
+        H = network(*SIX[name])
+        whole, product = seconds(whole_step(*SIX[name]), 9), seconds(lambda H=H: H @ H.gradient, 20)
+        out[name] = {"seconds": whole, "product": product, "in_products": whole / product, "target": target}
+        out[name]["reached"] = target is None or whole <= target * product
+    return out
+
+
+def residual_blocks() -> dict[str, Any]:
+    """Twenty blocks of hidden width 24 and of 96 = 4 x 24, beside the plain network of as many layers."""
+    out: dict[str, Any] = {}
+    for hidden in (24, 96):
+        H = residual_network(hidden)
+        start = time.perf_counter()
+        peak = peak_bytes(lambda H=H: eliminated(H))
+        first, again = time.perf_counter() - start, seconds(lambda H=H: eliminated(H), 3)
+        F = eliminated(H)
+        out[f"hidden {hidden}"] = {
+            **{"parameters": H.shape[0], "first": first, "again": again, "peak_bytes": peak},
+            **{
+                "predicted_bytes": H.estimate().bytes["factor"],
+                "residual": residual(H, F, 0.1),
+                "negative": F.inertia[1],
+            },
+        }
+    plain = network((64, *[24] * 41, 10), 32, bias=True)
+    plain.structure(plain.dtype)
+    out["plain"] = seconds(lambda: eliminated(plain), 3)
+    small, wide = out["hidden 24"], out["hidden 96"]
+    small |= {"target": "1.3 s, then 0.8 s, 400 MB"}
+    small["reached"] = small["first"] <= 1.3 and small["again"] <= 0.8 and (small["peak_bytes"] or 0) <= 4e8
+    wide |= {"target": "at most 3 times the plain network", "times_plain": wide["again"] / out["plain"]}
+    wide["reached"] = wide["times_plain"] <= 3
+    return out
+
+
+def choices() -> dict[str, Any]:
+    """Of ten networks: the method that `estimate` names, and its time over the best's, derivatives included."""
+    networks: list[Curvature] = [network(*SIX[name]) for name in list(SIX)[:4]]
+    networks += [network((64, *[24] * 3, 10), 256, kind) for kind in (Hessian, GGN)]
+    networks += [network((64, *[8] * 3, 10), 64), network((64, *[8] * 39, 10), 8, GGN)]
+    networks += [residual_network(24, 4, 16), convolutional()]
+    out: dict[str, Any] = {}
+    for H in networks:
+        prediction = H.estimate()
+        cost = {m: prediction.seconds(m) for m in prediction.flops}
+        # what is predicted to take twenty times as long as the best is not tried
+        times = {m: seconds_of(m, H) for m in cost if cost[m] < 20 * min(cost.values())}
+        ratio = times[prediction.method] / min(times.values())
+        out[repr(H)] = {"chosen": prediction.method, "times": times, "ratio": ratio}
+    worst = max(row["ratio"] for row in out.values())
+    return {"networks": out, "worst": worst, "target": 1.3, "reached": worst <= 1.3}
+
+
+def beside_a_neighbour() -> dict[str, Any]:
+    """One process keeps one core busy: how much longer a small factorization and a whole step take, at the caller's number of threads."""
+    H, step = network(*SIX["8-8x79-10 B8"]), whole_step(*SIX["8-8x79-10 B8"])
+    H.structure(H.dtype)
+
+    def median(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(21):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    quiet = median(lambda: eliminated(H)), median(step)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        try:
+            time.sleep(0.5)
+            busy = median(lambda: eliminated(H)), median(step)
+        finally:
+            neighbour.kill()
+    ratios = [b / q for b, q in zip(busy, quiet, strict=True)]
+    out = {"factor": quiet[0], "factor_busy": busy[0], "step": quiet[1], "step_busy": busy[1], "ratio": max(ratios)}
+    return out | {"target": 1.5, "reached": max(ratios) <= 1.5}
+
+
+def memory() -> dict[str, Any]:
+    """Growth of a fresh process's resident peak over a factorization with its derivatives, over the estimate."""
+    out: dict[str, Any] = {}
+    for name in SIX:
+        code = (
+            "import hinv.companion.bench as b; w = b.network((4, 4, 4, 2), 2); w.factor(0.1).solve(w.gradient); "
+            f"H = b.network(*b.SIX[{name!r}]); print(b.peak_bytes(lambda: H.factor(0.1)), H.estimate().bytes['factor'])"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        grown, predicted = map(int, run.stdout.split())
+        out[name] = {"grown": grown, "predicted": predicted, "ratio": grown / predicted}
+    worst = max(row["ratio"] for row in out.values())
+    return {"networks": out, "worst": worst, "target": 1.3, "reached": worst <= 1.3}
 
 
 def imports(pairs: int = 5) -> dict[str, Any]:

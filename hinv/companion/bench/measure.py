@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hinv.companion.data import load
 from hinv.curvature import GGN, Curvature, Hessian
-from hinv.network import tall_skinny
+from hinv.network import Residual, tall_skinny
 from hinv.optim import GaussNewton
 from hinv.shapes import Float, Int
 from hinv.solver.dual import Dual
@@ -48,6 +48,59 @@ def digits_network(sizes: tuple[int, ...], batch: int, device: torch.device | st
     images = load("digits", n=batch, normalize=True, dtype=torch.float64)
     model = tall_skinny(sizes, bias=False, gain=0.9).to(device)
     return Hessian(model, nn.CrossEntropyLoss(), images.x.flatten(1).to(device), images.y.to(device))
+
+
+def residual_network(hidden: int, blocks: int = 20, batch: int = 32, width: int = 24) -> Hessian:
+    """64-24x(blocks)-10 with z + W2 tanh(W1 z) of a hidden width, on seeded normal inputs."""
+    torch.manual_seed(0)
+
+    def block() -> nn.Module:
+        return Residual(nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)))
+
+    model = nn.Sequential(nn.Linear(64, width), *[block() for _ in range(blocks)], nn.Linear(width, 10)).double()
+    for parameter in model.parameters():  # so that twenty blocks do not blow the signal up
+        parameter.data *= 0.5
+    return Hessian(model, nn.CrossEntropyLoss(), torch.randn(batch, 64).double(), torch.arange(batch) % 10, check=False)
+
+
+def convolutional(batch: int = 32) -> Hessian:
+    torch.manual_seed(0)
+    convolutions = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 8, 3, stride=2),
+    ]
+    model = nn.Sequential(*[m for c in convolutions for m in (c, nn.Tanh())], nn.Flatten(), nn.Linear(32, 10)).double()
+    x = torch.randn(batch, 1, 12, 12).double()
+    return Hessian(model, nn.CrossEntropyLoss(), x, torch.arange(batch) % 10, check=False)
+
+
+def whole_step(sizes: tuple[int, ...], batch: int) -> Callable[[], Tensor]:
+    """What a step of training pays: a Hessian (unchecked), its derivatives, a factorization and a refined solve."""
+    H, model, loss = network(sizes, batch), tall_skinny(sizes, bias=False), nn.CrossEntropyLoss()
+
+    def step() -> Tensor:
+        fresh = Hessian(model, loss, H.chain.inputs, H.chain.targets, check=False)
+        return fresh.solve(fresh.gradient, 0.1, method="factor")
+
+    return step
+
+
+def seconds_of(method: str, H: Curvature) -> float:
+    """Of a solve by "factor", "dual" or "dense", derivatives included."""
+    b = H.gradient
+
+    def factor() -> Tensor:
+        H._structures.clear()
+        return eliminated(H).solve(b)
+
+    def dense() -> Tensor:
+        return torch.linalg.solve(H.dense() + 0.1 * torch.eye(len(b), dtype=b.dtype), b)
+
+    def dual() -> Tensor:
+        return Dual(H.chain, 0.1).solve(b)
+
+    return seconds({"factor": factor, "dense": dense, "dual": dual}[method], 3)
 
 
 def seconds(function: Callable[[], object], repeats: int = 3) -> float:

@@ -89,6 +89,34 @@ def table(figures: dict[str, Any]) -> str:
             f,
         )
     )
+    for name, f in figures["11 a fresh step"].items():
+        asked = "" if f["target"] is None else f"at most {f['target']:g}"
+        what = f"{name}: a Hessian from nothing, derivatives, factorization and solve, in Hessian-vector products"
+        rows.append((what, asked, f"{f['in_products']:.1f} ({f['seconds'] * 1e3:.0f} ms)", f))
+    f = figures["12 residual blocks"]
+    small, wide = f["hidden 24"], f["hidden 96"]
+    what = "20 residual blocks of 24, batch 32: first factorization, further ones, memory"
+    rows.append(
+        (
+            what,
+            small["target"],
+            f"{small['first']:.1f} s, {small['again']:.1f} s, {small['peak_bytes'] / 1e6:.0f} MB",
+            small,
+        )
+    )
+    what = "the same with hidden width 96, 96,370 parameters: times the plain network of 42 layers"
+    rows.append((what, "at most 3", f"{wide['times_plain']:.1f} ({wide['again']:.1f} s)", wide))
+    f = figures["13 choices"]
+    what = f"the chosen of factorization, dual and dense on {len(f['networks'])} networks: worst, over the best"
+    rows.append((what, "at most 1.3", f"{f['worst']:.2f}", f))
+    f = figures["14 a busy neighbour"]
+    rows.append(
+        ("8-8x79-10 B8 while another process keeps a core busy: times longer", "at most 1.5", f"{f['ratio']:.2f}", f)
+    )
+    f = figures["15 memory"]
+    rows.append(
+        ("growth of a fresh process over the estimate, worst of six networks", "at most 1.3", f"{f['worst']:.2f}", f)
+    )
     lines = ["| | asked | measured | reached |", "|---|---|---|---|"]
     return "\n".join(
         [*lines, *(f"| {what} | {asked} | {got} | {mark(f['reached'])} |" for what, asked, got, f in rows)]
