@@ -1,6 +1,7 @@
 """What a factorization will cost, from shapes alone: flops and peak memory, before anything is allocated.
 
-The bytes are those of the numbers alive at the peak. The resident peak of a fresh process grew by 0.8 to 1.3 of it on six networks (`hinv.solver.memory`).
+The bytes are those of the numbers alive at the peak. The resident peak of a fresh process grew by 0.8 to 1.2 of it on six networks where less than three
+times as much was free, and by up to 2.5 of it where more was, as glibc then keeps what was freed (`hinv.solver.memory`).
 """
 
 import functools

@@ -50,22 +50,22 @@ class Factor:
     digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
     """
 
-    def __init__(self, structure: Structure, damping: float, product: Callable[[Tensor], Tensor]):
-        """structure: of `parts`; product: v -> H v, independent of it."""
+    def __init__(self, structure: Structure, damping: float, product: Callable[[Tensor], Tensor], scarce: bool = False):
+        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`)."""
         stages, V = structure
         self.damping, self.product = damping, product
         self.pivots: list[Eliminated] = []
         self.rows = 0 if V is None else len(V)
         self.largest = max(stage.outputs.numel() for stage, _ in stages)
         with threads(self.largest):
-            self._eliminate(structure, damping)
+            self._eliminate(structure, damping, Holes(scarce))
         self.sizes = [part.p for _, part in stages]
         self.like = stages[0][0].inputs[:0]
         self.dtype, self.device = self.like.dtype, self.like.device
 
-    def _eliminate(self, structure: Structure, damping: float) -> None:
+    def _eliminate(self, structure: Structure, damping: float, holes: Holes) -> None:
         stages, V = structure
-        V, holes = None if V is None else V.clone(), Holes()
+        V = None if V is None else V.clone()
         definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
         for stage, part in reversed(stages):
             try:
@@ -77,8 +77,7 @@ class Factor:
                 ) from error
             self.pivots.append(pivot)
             definite = definite and pivot.negative == 0
-            if V is not None and V.device.type == "cpu":
-                holes(4 * V.nbytes)
+            holes(0 if V is None else 4 * V.nbytes)
 
     def __repr__(self) -> str:
         P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)

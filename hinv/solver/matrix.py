@@ -73,8 +73,8 @@ class Matrix(Products):
         if prediction.method == "dual" and damping > 0 and self._is_convex():
             require(prediction, "dual", self.device)
             return Dual(converted(self.chain, dtype), damping)
-        require(prediction, "factor", self.device)
-        return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype))
+        scarce = require(prediction, "factor", self.device)
+        return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype), scarce)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_structures": {}, "_others": {}}
