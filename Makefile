@@ -60,7 +60,7 @@ test: check  ## make check, and nbval on every notebook (results of make reprodu
 	$(NBVAL) -n $(JOBS) --dist loadfile $(ORDERED)
 	$(NBVAL) $(MAP)
 
-bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about 6 minutes), results/bench.json
+bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about ten minutes), results/bench.json
 	$(PY) -m hinv.companion.bench
 
 SECONDS ?= 600

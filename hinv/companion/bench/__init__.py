@@ -12,6 +12,7 @@ from .measure import (
     memory_of_a_step,
     network,
     peak_bytes,
+    residual_network,
     seconds,
     step_of_gauss_newton,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "network",
     "on_a_gpu",
     "peak_bytes",
+    "residual_network",
     "seconds",
     "step_of_gauss_newton",
     "table",

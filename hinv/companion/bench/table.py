@@ -29,7 +29,12 @@ def table(figures: dict[str, Any]) -> str:
         )
     )
     rows.append(
-        ("10,000 layers of 16", "seconds", f"{f['deepest_seconds']:.1f} s, residual {f['deepest_residual']:.0e}", f)
+        (
+            "10,000 layers of 16",
+            "1.3 s",
+            f"{f['deepest_seconds']:.1f} s, residual {f['deepest_residual']:.0e}",
+            {"reached": f["deepest_seconds"] <= 1.3},
+        )
     )
     f = figures["3 flop rate"]
     rows.append(

@@ -10,7 +10,8 @@ Positions that share the weights (tokens, jets) take the place of samples.
 `Convolution`. The same map of patches to channels at every position: J^T V J by two products with the patches.
 `Head`. The last linear stage under a loss whose Hessian is diag(w_n) - u_n u_n^T for each sample (cross-entropy, squared error, binary cross-entropy):
 S is C blocks of m x m minus a term of rank B, factored as such; nothing of size (C m)^2 or (B C)^2 exists.
-`Diagonal`. An elementwise stage. `Dense`. Anything else, with the blocks of `stages.derivatives`.
+`Diagonal`. An elementwise stage. `Wired`. Where a residual block begins or ends; in between V has rows of what it carries, the first ones, and a stage
+acts on the others (`Part.carry`). `Dense`. Anything else, with the blocks of `network.derivatives`.
 """
 
 import torch
