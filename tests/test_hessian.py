@@ -295,3 +295,26 @@ def test_a_loss_with_a_wrong_derivative_rule_is_refused():
     model, _, x, y = build("layernorm")
     with pytest.raises(ValueError, match=r"second derivative of the loss .* is not symmetric"):
         Hessian(model, lambda o, t: Wrong.apply(o), x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-30, 0.7, 1.0, 3e20])
+def test_the_reported_residual_is_that_of_the_returned_vector(dtype, scale):
+    """Of float32 solutions, which are rounded as they are given back, too: nothing is rounded after the residual was taken."""
+    model, loss, x, y = build("tanh, cross-entropy")
+    H = Hessian(model.to(dtype), loss, x.to(dtype), y)
+    b = scale * torch.randn(H.shape[0], 2, generator=torch.Generator(DEVICE).manual_seed(0), dtype=dtype)
+    solution = H.solve(b, 0.1, method="factor").double() / scale
+    right = b.double() / scale
+    residual = (H.double() @ solution + 0.1 * solution - right).norm(dim=0) / right.norm(dim=0)
+    assert residual.max().item() == pytest.approx(H.last_solve.residual, rel=1e-3, abs=1e-14)
+
+
+def test_powers_of_two():
+    size = torch.tensor([1e-320, 1e-300, 0.25, 0.3, 1.0, 1.5, 7.0, 1.7e308]).double()
+    for dtype in (torch.float64, torch.float32):
+        given = size.to(dtype)[(size.to(dtype) > 0) & size.to(dtype).isfinite()]
+        power = solve.power_of_two(given).double().numpy()
+        assert (np.frexp(power)[0] == 0.5).all()
+        assert (power <= given.double().numpy()).all() and (2 * power > given.double().numpy()).all()
+    assert solve.power_of_two(torch.tensor(3.0)).item() == 2.0
