@@ -45,7 +45,9 @@ class Chain:
     def __init__(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool = True):
         check_model(model)
         check_tensors(model, inputs, targets)
-        with threads(len(inputs) * max(len(p) if p.ndim else 1 for p in model.parameters())):
+        positions = inputs[0, 0].numel()  # of a kernel, about
+        units = [len(p) * (positions if p.ndim > 2 else 1) for p in model.parameters() if p.ndim]
+        with threads(len(inputs) * max(units, default=1)):
             self._build(model, loss, inputs, targets, check)
 
     def _build(self, model: nn.Sequential, loss: losses.Loss, inputs: Tensor, targets: Tensor, check: bool) -> None:

@@ -1,7 +1,8 @@
 """The paper's layers: each begins with a module that has parameters and takes in the parameter-free ones behind it.
 
 (Linear, then tanh, is one layer.) What comes before the first parameters is folded into the constant z_0; the loss is fused into the last layer, so
-z_L is one number. A layer's blocks are those of its stages by the chain rule to second order, the samples of the batch stacked.
+z_L is one number. A layer's blocks are those of its stages by the chain rule to second order, the samples of the batch stacked. Inside a residual block a layer's activations
+are the whole state, with what passes it by in front.
 """
 
 from dataclasses import dataclass

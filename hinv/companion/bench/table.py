@@ -95,9 +95,10 @@ def table(figures: dict[str, Any]) -> str:
         )
     )
     for name, f in figures["11 a fresh step"].items():
-        asked = "" if f["target"] is None else f"at most {f['target']:g}"
         what = f"{name}: a Hessian from nothing, derivatives, factorization and solve, in Hessian-vector products"
-        rows.append((what, asked, f"{f['in_products']:.1f} ({f['seconds'] * 1e3:.0f} ms)", f))
+        got = f"{f['in_products']:.1f} ({f['seconds'] * 1e3:.0f} ms)"
+        asked, reached = ("at most 8", f["in_products"] <= 8) if "79" in name else ("0.42 s", f["seconds"] <= 0.42)
+        rows.append((what, asked, got, {"reached": reached}))
     f = figures["12 residual blocks"]
     small, wide = f["hidden 24"], f["hidden 96"]
     what = "20 residual blocks of 24, batch 32: first factorization, further ones, memory"
