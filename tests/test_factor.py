@@ -778,7 +778,10 @@ def test_what_goes_back_to_a_wide_input_is_not_formed():
 @pytest.mark.parametrize("scarce", [True, False])
 def test_memory_is_given_back_between_stages_where_it_is_scarce(monkeypatch, scarce):
     H = Hessian(
-        tall_skinny((6, *[24] * 4, 3)), nn.CrossEntropyLoss(), torch.randn(40, 6).double(), torch.arange(40) % 3
+        tall_skinny((6, *[24] * 4, 3)),
+        nn.CrossEntropyLoss(),
+        torch.randn(40, 6, generator=torch.Generator(DEVICE).manual_seed(0), dtype=torch.float64),
+        torch.arange(40) % 3,
     )
     need, calls = H.estimate().bytes["factor"], []
     assert need > memory.SMALL_NEED
@@ -786,7 +789,9 @@ def test_memory_is_given_back_between_stages_where_it_is_scarce(monkeypatch, sca
     monkeypatch.setattr(memory, "_trim", lambda: calls.append)
     F = H.factor(0.1)
     assert bool(calls) == (scarce and DEVICE == "cpu")
-    assert relative(H @ F.solve(H.gradient) + 0.1 * F.solve(H.gradient), H.gradient) < 1e-9
+    # without pivoting, on a GPU, what rounding errors may be is what `uncertainty` says
+    bound = 1e-9 if DEVICE == "cpu" else F.uncertainty
+    assert relative(H @ F.solve(H.gradient) + 0.1 * F.solve(H.gradient), H.gradient) < bound
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ from hinv.shapes import Array, Float, Int
 
 lapack: Any = _lapack  # its types leave out sytrf's companions
 
-GROWTH = 1e4  # up to which an elimination without pivoting is taken; to 1e4 it cost no digits that pivoting kept, at 1e5 three on the widest network
+# up to which an elimination without pivoting is taken: it costs one to two digits of an unrefined solve and of the uncertainty at any limit from 1e3 on
+# (refinement gives those of the solve back), and three where the widest network's was let grow by 1e5; below 1e3 a third of the blocks go to the host
+GROWTH = 1e4
 SMALL = 96  # rows up to which NumPy is faster than torch
 STRIPES = 4  # block rows of a symmetric product: 5/8 of the flops of a full one
 WIDE = 320  # rows from which that pays
