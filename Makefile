@@ -11,7 +11,7 @@ MAP       := $(firstword $(NOTEBOOKS))
 CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
 SOURCES   := $(shell find hinv -name "*.py")
 # JOBS notebooks at a time, one thread each, the longest first
-LONG      := $(wildcard notebooks/09*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
+LONG      := $(wildcard notebooks/09*.ipynb notebooks/07*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
 ORDERED   := $(LONG) $(filter-out $(LONG),$(CHAPTERS))
 NBVAL      = OMP_NUM_THREADS=1 HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
 DONE      := $(patsubst notebooks/%,build/notebooks/%,$(ORDERED) $(MAP))
@@ -89,4 +89,4 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
 	rm -rf build dist results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find hinv tests -name __pycache__ -prune -exec rm -rf {} +
-	find figures -type f ! -name README.md ! -name 04_sparsity.png -delete
+	find figures -type f ! -name README.md ! -name 04_sparsity.png ! -name 07_depth.png -delete

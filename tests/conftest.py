@@ -93,7 +93,7 @@ def build(name: str):
     return model.double(), loss, x, y
 
 
-# name -> a small problem; batches larger than the number of classes, every activation and loss of the README's list
+# name -> a small problem; batches larger than the number of classes, every activation and loss of the list in docs/models.md
 _NETWORKS = {
     "tanh, cross-entropy": lambda: (_mlp((6, 5, 5, 4)), nn.CrossEntropyLoss(), _x(9, 6), _labels(9, 4)),
     "tanh without bias, B < C": lambda: (

@@ -590,7 +590,7 @@ def test_two_thousand_layers():
     assert hinv.Estimate is type(H.estimate())
 
 
-# What the README's table promises: rows of (layer or loss, the problems of conftest.py that hold it)
+# What the table of docs/models.md promises: rows of (layer or loss, the problems of conftest.py that hold it)
 SUPPORTED = {
     "`Linear`, with or without bias": ("tanh, cross-entropy", "tanh without bias, B < C"),
     "`Tanh`, `Sigmoid`, `Softplus`, `GELU`, `SiLU`, `ELU`, `ReLU`": (
@@ -620,16 +620,16 @@ SUPPORTED = {
 }
 
 
-def test_readme_table_of_layers_is_what_was_checked():
-    """Every row through factor, solve, inertia and determinant against dense; the README holds exactly the rows that passed."""
+def test_table_of_layers_is_what_was_checked():
+    """Every row through factor, solve, inertia and determinant against dense; docs/models.md holds exactly the rows that passed."""
     lines = ["| layer or loss | residual after one refinement | inertia | log-determinant |", "|---|---|---|---|"]
     for row, names in SUPPORTED.items():
         for name in names:
             for damping in (0.1, -0.05):
                 check(Hessian(*build(name)).factor(damping), reference_hessian(*build(name)), damping)
         lines.append(f"| {row} | below 1e-10 | exact | to 1e-8 |")
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    assert "\n".join(lines) in readme, "replace the README's table by:\n" + "\n".join(lines)
+    page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
+    assert "\n".join(lines) in page, "replace the table of docs/models.md by:\n" + "\n".join(lines)
 
 
 # -- shifts next to an eigenvalue of a trailing part, where V grows and digits go ---------------------------------------

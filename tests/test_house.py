@@ -27,7 +27,10 @@ FLOORS = [
     {"companion"},
 ]
 ONLY = {  # who alone may import what is heavy, or is an extra
-    **{key: {"companion/figures.py"} for key in ("matplotlib", "seaborn")},
+    **{
+        key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves")}
+        for key in ("matplotlib", "seaborn")
+    },
     **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},
     **{key: {"companion/reproduce.py"} for key in ("papermill", "nbformat")},
     "filelock": {"companion/checks.py"},

@@ -204,7 +204,7 @@ def test_float32_after_long_training():
 
 
 class Whole(nn.Module):
-    """As the README has it: several inputs of a sample side by side in one tensor."""
+    """As docs/models.md has it: several inputs of a sample side by side in one tensor."""
 
     def __init__(self, inner):
         super().__init__()

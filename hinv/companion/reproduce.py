@@ -25,6 +25,11 @@ NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 PROFILES = ("quick", "full")
 
 
+def number_of(notebook: Path) -> str:
+    """08a of notebooks/08a_products.ipynb."""
+    return notebook.stem.split("_")[0]
+
+
 class PlainProgress(NBClientEngine):
     """papermill's engine with a plain line for each cell instead of a progress bar."""
 
@@ -77,7 +82,7 @@ def write_parameters(pairs: list[str], path: Path | None = None) -> dict[str, An
     if values.get("profile", "quick") not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, not {values['profile']!r}")
     for notebook in known:  # an executed notebook without its results must run again
-        if not results(output("results") / f"{notebook.stem[:2]}.json")["claims"]:
+        if not results(output("results") / f"{number_of(notebook)}.json")["claims"]:
             (BUILD / "notebooks" / notebook.name).unlink(missing_ok=True)
     path = path or BUILD / "parameters.json"
     text = json.dumps(values, indent=1, sort_keys=True)
@@ -107,7 +112,7 @@ def run(notebook: Path, parameters: dict[str, Any] | None = None, build: Path | 
     with alone(folder / f"{notebook.stem}.lock", f"running {notebook.name}") as waited:
         if waited and done.exists():
             return done
-        for stale in (done, failed, output("results") / f"{notebook.stem[:2]}.json"):
+        for stale in (done, failed, output("results") / f"{number_of(notebook)}.json"):
             stale.unlink(missing_ok=True)
         _execute(notebook, working, failed, parameters)
         working.replace(done)
@@ -134,7 +139,7 @@ def rows() -> list[dict[str, Any]]:
     """Every claim of every notebook that ran, and one failed row for each notebook that did not finish."""
     out: list[dict[str, Any]] = []
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        number = notebook.stem[:2]
+        number = number_of(notebook)
         result = output("results") / f"{number}.json"
         record = results(result)
         out += [{"notebook": number} | claim for claim in record["claims"]]

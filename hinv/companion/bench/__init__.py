@@ -1,6 +1,6 @@
 """Speed and memory figures of the fast solver: `make bench` writes results/bench.json. Benchmarks, not tests.
 
-Each figure says what was asked, what was measured on this machine in this run, and whether it was reached. Times are the smallest of a few
+Each figure says what the aim was, what was measured on this machine in this run, and whether it was reached. Times are the smallest of a few
 repetitions in one process, float64; memory is the growth of the peak resident size (Linux).
 """
 

@@ -1,10 +1,10 @@
-"""The figures as the README shows them."""
+"""The figures as docs/benchmarks.md shows them."""
 
 from typing import Any
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as the README shows them: what was asked, what was measured, whether it was reached."""
+    """The figures as docs/benchmarks.md shows them: the aim, what was measured, whether it was reached."""
 
     def mark(reached: bool) -> str:
         return "yes" if reached else "**no**"
@@ -97,8 +97,8 @@ def table(figures: dict[str, Any]) -> str:
     for name, f in figures["11 a fresh step"].items():
         what = f"{name}: a Hessian from nothing, derivatives, factorization and solve, in Hessian-vector products"
         got = f"{f['in_products']:.1f} ({f['seconds'] * 1e3:.0f} ms)"
-        asked, reached = ("at most 8", f["in_products"] <= 8) if "79" in name else ("0.42 s", f["seconds"] <= 0.42)
-        rows.append((what, asked, got, {"reached": reached}))
+        aim, reached = ("at most 8", f["in_products"] <= 8) if "79" in name else ("0.42 s", f["seconds"] <= 0.42)
+        rows.append((what, aim, got, {"reached": reached}))
     f = figures["12 residual blocks"]
     small, wide = f["hidden 24"], f["hidden 96"]
     what = "20 residual blocks of 24, batch 32: first factorization, further ones, memory"
@@ -124,14 +124,12 @@ def table(figures: dict[str, Any]) -> str:
     f = figures["15 memory"]
     what = "growth of a fresh process over the estimate, worst of six networks, where memory is scarce; where it is not"
     rows.append((what, "at most 1.3; -", f"{f['worst']:.2f}; {f['plenty']:.2f}", f))
-    lines = ["| | asked | measured | reached |", "|---|---|---|---|"]
-    return "\n".join(
-        [*lines, *(f"| {what} | {asked} | {got} | {mark(f['reached'])} |" for what, asked, got, f in rows)]
-    )
+    lines = ["| | aim | measured | reached |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {aim} | {got} | {mark(f['reached'])} |" for what, aim, got, f in rows)])
 
 
 def on_a_gpu(record: dict[str, Any]) -> str:
-    """results/gpu.json as the README tells it: what it is for, and what loses there."""
+    """results/gpu.json as docs/benchmarks.md tells it: what it is for, and what loses there."""
     figures = record["figures"]
     flag, rate, (thousand, ten) = (
         figures["flagship"],
@@ -147,7 +145,7 @@ def on_a_gpu(record: dict[str, Any]) -> str:
     return (
         f"On one {record['device']} (`make cuda`, `results/gpu.json`): the full-batch Hessian of {flag['images']:,} CIFAR-10 images (8 x 8, grey) on "
         f"{flag['layers']} layers, {flag['parameters']:,} parameters, is factored in {slowest:.1f} s with {at['1']['peak_bytes'] / 1e9:.0f} GB: "
-        f"residual {residual:.0e} refined, {negative} negative eigenvalues, log-determinant. Wanted was half of the device's own rate of matrix products "
+        f"residual {residual:.0e} refined, {negative} negative eigenvalues, log-determinant. The aim was half of the device's own rate of matrix products "
         f"({rate / 1e12:.0f} Tflop/s); it is {share:.2f}, as for every layer the factorization also passes several times over a matrix of {(24 * flag['images']) ** 2 * 8 / 1e9:.1f} GB. "
         f"The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks do not belong "
         f"there: a stage is a few dozen launches, and the dense route is faster ({small})."

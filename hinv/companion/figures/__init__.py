@@ -1,0 +1,25 @@
+"""Figures: one style, one function a role. Only this room imports matplotlib.
+
+style.py: colours, saving. structure.py: matrices. curves.py: measurements.
+"""
+
+from .curves import bands, categories, curves, dots, grown, plane, reached, spectrum, staircase
+from .structure import elimination, heatmaps, lifted, patterns
+from .style import save
+
+__all__ = [
+    "bands",
+    "categories",
+    "curves",
+    "dots",
+    "elimination",
+    "grown",
+    "heatmaps",
+    "lifted",
+    "patterns",
+    "plane",
+    "reached",
+    "save",
+    "spectrum",
+    "staircase",
+]
