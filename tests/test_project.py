@@ -119,8 +119,8 @@ def test_notebook_is_committed_clean(path):
     parameters = [c.source for c in code if "parameters" in c.metadata.get("tags", [])]
     assert len(parameters) == 1 and parameters[0].startswith("profile = ")
     first = notebook.cells[0].source
-    for word in ("**Question.**", "**Answer.**", "**Needs**", "**Makes**", "**Runs**", "**reads**"):
-        assert word.lower() in first.lower()
+    for word in ("**Question.**", "**Answer.**", "**Needs**", "**Makes**", "**Runs**", "**Reading time**"):
+        assert word in first
     assert max(len(c.source.splitlines()) for c in code) <= 20
     prose = " ".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     assert not re.search(r"\bthe plan\b", prose), "a notebook speaks of its subject alone"
