@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hinv import tall_skinny
-from hinv.companion import peers
+from hinv.companion import bench, peers
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,35 @@ def test_estimates_of_the_trace_within_their_own_error(problem, exact):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_broken_is_still_broken(problem):
-    """The day one of these passes, notebook 08 must stop saying that it fails."""
+    """The day one of these passes, notebook 08a must stop saying that it fails."""
     with pytest.raises(RuntimeError, match="deprecated"):
         peers.PEERS["share below -0.001"]["PyHessian"](*problem)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """N2 of notebook 08a, and its spectrum."""
+    H = bench.digits_network((64, *[8] * 39, 10), 8)
+    return (H.chain.model, H.chain.loss, H.chain.inputs, H.chain.targets), torch.linalg.eigvalsh(H.dense()), H
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_falls_short_on_a_deep_network_still_does(deep):
+    """PyHessian's power iteration and the densities: as notebook 08a says of them."""
+    problem, spectrum, _ = deep
+    top = peers.PEERS["largest eigenvalue"]["PyHessian"](*problem)
+    assert peers.error(top, spectrum[-1].item()) > 0.1
+    share = (spectrum < -0.001).double().mean().item()
+    assert peers.error(peers.PEERS["share below -0.001"]["hessian-eigenthings"](*problem), share) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cg_of_an_indefinite_matrix_warns_and_is_far_away(deep):
+    problem, spectrum, H = deep
+    assert (spectrum < -0.01).any()
+    with pytest.warns(Warning, match="larger than the tolerance"):
+        x = peers.PEERS["(H + 0.01 I)^-1 g"]["curvlinops"](*problem)
+    assert peers.error(H @ x + 0.01 * x, H.gradient) > 0.1
 
 
 def test_questions_do_not_touch_the_model(problem):
