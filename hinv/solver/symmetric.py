@@ -62,6 +62,7 @@ class Symmetric:
     negative: int
     log_abs_det: float
     inverse: Any  # the diagonal of D^-1 as a column, a tensor or an array
+    L: Tensor
 
     def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
         """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
@@ -78,6 +79,18 @@ class Symmetric:
     def solve(self, t: Array) -> Array:
         """S^-1 t."""
         return self.back(self.start(t)[1])
+
+    def congruent(self, M: Float[Array, "n n"] | None = None) -> Float[Array, "n n"]:
+        """C^-T (D^-1 + M) C^-1 for a symmetric M: S^-1, and what is added to it behind the same two triangles."""
+        D_inverse = self.over_D(self.eye())
+        return self.back(self.back(D_inverse if M is None else M + D_inverse).T)
+
+    def eye(self) -> Float[Array, "n n"]:
+        return torch.eye(self.L.shape[-1], dtype=self.L.dtype, device=self.L.device)
+
+    def color(self, noise: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
+        """D^-1/2 times independent standard normal numbers, for S positive definite: back of it has the covariance S^-1."""
+        return noise * self.inverse**0.5
 
     def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         """C^-1 X for X (..., n, k)."""
@@ -110,6 +123,9 @@ class Cholesky(Symmetric):
 
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
+
+    def color(self, noise: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
+        return noise
 
     @cached_property
     def log_abs_det(self) -> float:
@@ -264,6 +280,12 @@ class Small(Symmetric):
         x = np.empty(Z.shape, Z.dtype)
         x[self.order] = Z
         return x
+
+    def eye(self) -> Float[Array, "n n"]:
+        return np.eye(len(self.d), dtype=self.d.dtype)
+
+    def color(self, noise: Float[Array, "n k"]) -> Float[Array, "n k"]:
+        return noise if self.inverse is None else noise * self.inverse**0.5
 
 
 def _unpacked(

@@ -27,6 +27,7 @@ from .diagonal import Diagonal
 from .head import Head, HeadPivot
 from .linear import Linear, SmallLinear
 from .part import Eliminated, Part, Pivot
+from .spread import Spread
 from .wiring import Wired
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Part",
     "Pivot",
     "SmallLinear",
+    "Spread",
     "Structure",
     "Wired",
     "kind",
