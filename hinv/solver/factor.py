@@ -34,7 +34,7 @@ from .parts import Eliminated, HeadPivot, Spread, Structure
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
-UNITS = 32  # entries of the inverse's diagonal that are computed again
+UNITS = 16  # entries of the inverse's diagonal that are computed once more
 UNCERTAIN = 0.1  # of the uncertainty at which a count would be wrong: where counts are refused
 
 
@@ -193,6 +193,10 @@ class Factor(Inverse):
                 yield spread
 
     def _diagonal(self) -> Float[Tensor, " P"]:
+        return self._variances.clone()
+
+    @cached_property
+    def _variances(self) -> Float[Tensor, " P"]:
         return torch.cat([spread.diagonal() for spread in self._spreads()])
 
     def _block(self, number: int) -> Float[Tensor, "p p"]:
@@ -204,21 +208,21 @@ class Factor(Inverse):
 
     @cached_property
     def inverse_error(self) -> float:
-        """Estimate of the relative error of `inverse_diagonal`, by refined solves for some 32 of its entries spread over the stages; 0 where all pivots are
-        positive, as `uncertainty`. It does not bound it where the network has more stages, but errors made in one stage go on to those behind it."""
+        """Estimate of the relative error of `inverse_diagonal` (norms), by refined solves for some of its entries; 0 where all pivots are positive, as
+        `uncertainty`. Half of the entries are spread over the stages, half are in the last one: an eigenvalue of a later part spoils what lies behind it.
+        """
         if not any(pivot.negative for pivot in self.pivots):
             return 0.0
         P, ends = sum(self.sizes), [0, *itertools.accumulate(self.sizes)]
-        owners = [self.owners[i] for i in spaced(len(self.owners), UNITS)]
-        each = -(-UNITS // len(owners))
-        where = torch.tensor([ends[i] + j for i in owners for j in spaced(self.sizes[i], each)], device=self.device)
+        owners = [self.owners[i] for i in spaced(len(self.owners), UNITS // 2)]
+        units = [(i, UNITS // 2 // len(owners)) for i in owners] + [(owners[-1], UNITS // 2)]
+        where = sorted({ends[i] + j for i, count in units for j in spaced(self.sizes[i], count)})
         b = self.like.new_zeros(P, len(where))
-        b[where, torch.arange(len(where), device=self.device)] = 1.0
+        b[where, range(len(where))] = 1.0
         x = self.solve(b)
-        for _ in range(2):
-            x += self.solve(b - self.product(x) - self.damping * x)
+        x += self.solve(b - self.product(x) - self.damping * x)
         entries = x[where].diagonal()
-        return ((self._diagonal()[where] - entries).norm() / entries.norm()).item()
+        return ((self._variances[where] - entries).norm() / entries.norm()).item()
 
     @property
     def noises(self) -> int:

@@ -21,7 +21,6 @@ class Inverse:
     damping: float
     names: list[str]  # of the stages with parameters
     like: Tensor  # empty, of the dtype and device of the arithmetic
-    noises: int  # independent normal numbers that `colored` takes for each draw
     inverse_error: float  # estimate of the relative error of the diagonal
 
     def inverse_diagonal(self) -> Float[Tensor, " P"]:
@@ -74,6 +73,11 @@ class Inverse:
         """
         self._require_definite()
         return self.colored(normal((self.noises, n), self.like, generator))
+
+    @property
+    def noises(self) -> int:
+        """How many independent normal numbers `colored` takes for each draw."""
+        raise NotImplementedError
 
     def colored(self, noise: Float[Tensor, "noises n"]) -> Float[Tensor, "P n"]:
         """The linear map, its product with its own transpose (H + damping I)^-1, that makes samples of independent standard normal numbers."""

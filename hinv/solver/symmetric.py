@@ -80,10 +80,17 @@ class Symmetric:
         """S^-1 t."""
         return self.back(self.start(t)[1])
 
-    def congruent(self, M: Float[Array, "n n"] | None = None) -> Float[Array, "n n"]:
-        """C^-T (D^-1 + M) C^-1 for a symmetric M: S^-1, and what is added to it behind the same two triangles."""
-        D_inverse = self.over_D(self.eye())
-        return self.back(self.back(D_inverse if M is None else M + D_inverse).T)
+    def formed(self) -> Float[Array, "n n"]:
+        """S^-1."""
+        return self.back(self.back(self.over_D(self.eye())).T)
+
+    def spread(
+        self, Y: Float[Array, "n k"], Sigma: Float[Array, "k k"]
+    ) -> tuple[Float[Array, "n n"], Float[Array, "n k"]]:
+        """S^-1 + K Sigma K^T and -K Sigma, with K = S^-1 N = C^-T Y."""
+        YSigma, middle = Y @ Sigma, self.over_D(self.eye())
+        subtract_product(middle, -YSigma.T, Y.T)
+        return self.back(self.back(middle).T), -self.back(YSigma)
 
     def eye(self) -> Float[Array, "n n"]:
         return torch.eye(self.L.shape[-1], dtype=self.L.dtype, device=self.L.device)
@@ -280,6 +287,12 @@ class Small(Symmetric):
         x = np.empty(Z.shape, Z.dtype)
         x[self.order] = Z
         return x
+
+    def spread(
+        self, Y: Float[Array, "n k"], Sigma: Float[Array, "k k"]
+    ) -> tuple[Float[Array, "n n"], Float[Array, "n k"]]:
+        YSigma = Y @ Sigma
+        return self.back(self.back(self.over_D(self.eye()) + YSigma @ Y.T).T), -self.back(YSigma)
 
     def eye(self) -> Float[Array, "n n"]:
         return np.eye(len(self.d), dtype=self.d.dtype)

@@ -12,7 +12,7 @@ from hinv.shapes import Float
 from ..symmetric import Symmetric, factored
 from .linear import Linear, each
 from .part import Eliminated, Kept
-from .spread import Joint, Spread, eye
+from .spread import Spread, block, eye
 
 CHUNK = 2**18  # numbers formed at once
 
@@ -157,7 +157,7 @@ class HeadJoint(Spread):
     def __init__(self, pivot: HeadPivot, Sigma: Float[Tensor, "k k"] | None):
         self.pivot, self.part, self.Sigma, part = pivot, pivot.part, Sigma, pivot.part
         self.T_inverse = pivot.T.solve(eye(part.m, part.R).expand(part.a_out, -1, -1))  # (C, m, m)
-        self.K_inverse = pivot.K.congruent() if pivot.K else None
+        self.K_inverse = pivot.K.formed() if pivot.K else None
         self.Z = pivot.K.back(pivot.Y) if pivot.K and pivot.Y is not None else None  # (B, k)
 
     def diagonal(self) -> Float[Tensor, " p"]:
@@ -194,10 +194,10 @@ class HeadJoint(Spread):
         n = part.m * part.a_out
         C = solve(eye(n, part.R).view(part.m, part.a_out, n).transpose(0, 1))
         if self.Sigma is None:
-            return Joint(pivot, C, None, None).block()
+            return block(part, pivot.damping, C, None, None)
         K = solve(pivot.N(eye(len(self.Sigma), part.R)))
         X = -K @ self.Sigma
-        return Joint(pivot, C - X @ K.T, X, self.Sigma).block()
+        return block(part, pivot.damping, C - X @ K.T, X, self.Sigma)
 
     def of_samples(self, batch: int) -> Float[Tensor, "B C C"]:
         """Of the outputs J_n x + W y_n = J_n u + L_n y, sample by sample."""

@@ -176,12 +176,10 @@ class Pivot(Eliminated):
         moved = self.part.push(x, None if y is None else y[c:])
         return torch.cat([moved.new_zeros(c, x.shape[1]) if y is None else y[:c], moved])
 
-    def spread(self, Sigma: Float[Array, "columns columns"] | None) -> Spread:
+    def spread(self, Sigma: Float[Array, "columns columns"] | None) -> Joint:
         if Sigma is None or self.Y is None:
-            return Joint(self, self.S.congruent(), None, None)
-        # S^-1 + K Sigma K^T with K = S^-1 N = C^-T Y
-        YSigma = self.Y @ Sigma
-        return Joint(self, self.S.congruent(YSigma @ self.Y.T), -self.S.back(YSigma), Sigma)
+            return Joint(self, self.S.formed(), None, None)
+        return Joint(self, *self.S.spread(self.Y, Sigma), Sigma)
 
     @property
     def noises(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from hinv.shapes import Array, Float
 
 if TYPE_CHECKING:
-    from .part import Pivot
+    from .part import Part, Pivot
 
 
 class Spread:
@@ -63,22 +63,7 @@ class Joint(Spread):
         return self.pivot.part.variances(self)
 
     def block(self) -> Float[Array, "p p"]:
-        part, carry = self.pivot.part, self.pivot.part.carry
-
-        def rest(y: Float[Array, "columns k"]) -> Array | None:
-            """What a movement of the input does to the weights beyond the span of the batch."""
-            return -part.F_rest(y[carry:]) / self.pivot.damping if part.perp else None
-
-        beyond = part.take_apart(eye(part.p, self.C))[1]
-        if beyond is not None:
-            beyond = beyond / self.pivot.damping
-        if self.X is None or self.Sigma is None:
-            return part.put_together(part.put_together(self.C, None).T, beyond)
-        with_x = part.put_together(self.C, rest(self.X.T))  # of the parameters with x: (p, n), and with y
-        with_y = part.put_together(self.X, rest(self.Sigma))
-        if beyond is not None:
-            beyond += rest(with_y.T)
-        return part.put_together(with_x.T, beyond)
+        return block(self.pivot.part, self.pivot.damping, self.C, self.X, self.Sigma)
 
     def moved(self) -> Float[Array, "rows rows"]:
         push = self.pivot.push
@@ -99,6 +84,29 @@ class SmallJoint(Joint):
 
     def moved(self) -> Float[Tensor, "rows rows"]:
         return torch.from_numpy(super().moved())
+
+
+def block(
+    part: "Part",
+    damping: float,
+    C: Float[Array, "n n"],
+    X: Float[Array, "n columns"] | None,
+    Sigma: Float[Array, "columns columns"] | None,
+) -> Float[Array, "p p"]:
+    """The inverse's block in the order of the parameters, of a `Joint`."""
+
+    def rest(y: Float[Array, "columns k"]) -> Array | None:
+        """What a movement of the input does to the weights beyond the span of the batch."""
+        return -part.F_rest(y[part.carry :]) / damping if part.perp else None
+
+    beyond = part.take_apart(eye(part.p, C))[1]
+    if beyond is not None:
+        beyond = beyond / damping
+    if X is None or Sigma is None:
+        return part.put_together(part.put_together(C, None).T, beyond)
+    with_x = part.put_together(C, rest(X.T))  # of the parameters with x: (p, n), and with y
+    with_y = part.put_together(X, rest(Sigma))
+    return part.put_together(with_x.T, None if beyond is None else beyond + rest(with_y.T))
 
 
 def eye(n: int, like: Array) -> Float[Array, "n n"]:
