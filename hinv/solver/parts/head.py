@@ -123,12 +123,14 @@ class HeadPivot(Eliminated):
                 rest = rest - part.F_rest(y) / self.damping
         return part.put_together(x.transpose(0, 1).reshape(part.m * part.a_out, -1), rest), None
 
-    def N(self, y: Float[Tensor, "k columns"], units: slice = slice(None)) -> Float[Tensor, "units m columns"]:
-        """N_c y = Q^T sum_n e_nc y_n + sum_n R_n (V_n W y_n)_c for these classes."""
-        part, y_n, k = self.part, y.view(self.part.batch, self.part.fan_in, -1), y.shape[1]
-        curved = (part.e.T[units] @ y_n.flatten(1)).view(-1, part.fan_in, k)
-        linear = (part.R @ (part.M[:, units] @ y_n).flatten(1)).view(part.m, -1, k)
-        return each(part.Q_in.T, curved) + linear.transpose(0, 1)
+    def N(self, y: Float[Tensor, "columns k"]) -> Float[Tensor, "C m k"]:
+        """N_c y = Q^T sum_n e_nc y_n + sum_n R_n (V_n W y_n)_c."""
+        return each(self.part.Q_in.T, self.part.e_times(y)) + self.linear(y)
+
+    def linear(self, y: Float[Tensor, "columns k"], units: slice = slice(None)) -> Float[Tensor, "units m k"]:
+        """The second term, of these classes."""
+        part, y_n = self.part, y.view(self.part.batch, self.part.fan_in, -1)
+        return (part.R @ (part.M[:, units] @ y_n).flatten(1)).view(part.m, -1, y.shape[1]).transpose(0, 1)
 
     def spread(self, Sigma: Float[Tensor, "k k"] | None) -> Spread:
         return HeadJoint(self, Sigma)
@@ -169,16 +171,16 @@ class HeadJoint(Spread):
                 C = C + T_inverse @ (U @ self.K_inverse @ U.mT) @ T_inverse
             E = signals = None
             if self.Sigma is not None:
-                G = self.pivot.N(self.Sigma, units)
+                e_Sigma = part.e_times(self.Sigma, units)
+                G = each(part.Q_in.T, e_Sigma) + self.pivot.linear(self.Sigma, units)
                 if self.Z is not None and U is not None:
                     G = G + U @ (self.Z @ self.Sigma)
                 G = T_inverse @ G  # K_c Sigma
-                at = G.view(*G.shape[:2], part.batch, part.fan_in)
-                E = (part.e.T[units, None, None] @ at)[:, :, 0]
+                at, E = G.view(*G.shape[:2], part.batch, part.fan_in), part.times_e(G, units)
                 N = E @ part.Q_in + torch.einsum("cjna,nca->cjn", at, part.M[:, units]) @ part.R.T
                 if self.Z is not None and U is not None:
                     N = N + G @ self.Z.T @ U.mT
-                C, E, signals = C + N @ T_inverse, -E, part.by_signal(self.Sigma, units)
+                C, E, signals = C + N @ T_inverse, -E, part.times_e(e_Sigma, units)
             if not (part.perp and part.curved):
                 E = signals = None
             out.append(part.of_units(C, E, signals, self.pivot.damping))

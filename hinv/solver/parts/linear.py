@@ -146,7 +146,7 @@ class Linear(Part):
 
     def F_rest(self, y: Float[Array, "columns k"]) -> Float[Array, "a_out d k"]:
         """(a_out, d, k): the perpendicular part of F y."""
-        moved = (self.e.T @ y.reshape(self.batch, -1)).reshape(self.a_out, self.fan_in, -1)
+        moved = self.e_times(y)
         if self.bias:
             moved = cat([moved, 0.0 * moved[:, :1]], 1)
         return moved - each(self.Q, each(self.Q.T, moved))
@@ -159,15 +159,15 @@ class Linear(Part):
     # the inverse's diagonal, unit by unit: of unit o the weights are Q x_o + rest_o, and rest_o sees y by e_o alone
 
     def variances(self, joint: Joint) -> Float[Array, " p"]:
-        m, batch, a_in, (C, X, Sigma) = self.m, self.batch, self.fan_in, (joint.C, joint.X, joint.Sigma)
+        m, (C, X, Sigma) = self.m, (joint.C, joint.X, joint.Sigma)
         C = C.reshape(m, self.a_out, m, self.a_out).diagonal(0, 1, 3).swapaxes(0, 2)  # (a_out, m, m)
         out = []
         for units in self.units():
             E = T = None
             if self.curved and self.perp and X is not None and Sigma is not None:
-                own = X[:, self.carry :].reshape(m, self.a_out, batch, a_in)[:, units]
-                E = (self.e.T[units, None] @ own)[:, :, 0].swapaxes(0, 1)  # (units, m, a_in)
-                T = self.by_signal(Sigma[self.carry :, self.carry :], units)
+                c = self.carry
+                own = X[:, c:].reshape(m, self.a_out, -1)[:, units].swapaxes(0, 1)
+                E, T = self.times_e(own, units), self.times_e(self.e_times(Sigma[c:, c:], units), units)
             out.append(self.of_units(C[units], E, T, joint.pivot.damping))
         return self.in_order(cat(out)[:, :, None])[:, 0]
 
@@ -177,11 +177,13 @@ class Linear(Part):
         step = max(1, CHUNK // numbers)
         return (slice(at, at + step) for at in range(0, self.a_out, step))
 
-    def by_signal(self, Sigma: Float[Array, "k k"], units: slice) -> Float[Array, "units a_in a_in"]:
-        """sum_nn' e_no e_n'o Sigma_nn' for these units."""
-        e = self.e.T[units]
-        half = (e @ Sigma.reshape(self.batch, -1)).reshape(len(e), self.fan_in, self.batch, self.fan_in)
-        return (e[:, None, None] @ half)[:, :, 0]
+    def e_times(self, y: Float[Array, "columns k"], units: slice = slice(None)) -> Float[Array, "units a_in k"]:
+        """sum_n e_no y_n for these units."""
+        return (self.e.T[units] @ y.reshape(self.batch, -1)).reshape(-1, self.fan_in, y.shape[1])
+
+    def times_e(self, X: Float[Array, "units r columns"], units: slice) -> Float[Array, "units r a_in"]:
+        """sum_n e_no X_on, for X_o (r, B a_in) of each of these units."""
+        return (self.e.T[units, None, None] @ X.reshape(*X.shape[:2], self.batch, self.fan_in))[:, :, 0]
 
     def of_units(
         self,
