@@ -15,6 +15,7 @@ the inertias of the S_l, and log|det| the sum of theirs.
 
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -185,31 +186,34 @@ class Factor(Inverse):
     # -- the inverse (`hinv.solver.inverse`) ----------------------------------------------------------------------------
 
     def _spreads(self) -> Iterator[Spread]:
-        """Selected inversion, from the first stage to the last."""
+        """Selected inversion, from the first stage to the last; one of them alive at a time."""
         spread = None
-        with threads(self.largest):
-            for pivot in reversed(self.pivots):
-                spread = pivot.spread(None if spread is None else spread.moved())
-                yield spread
+        for pivot in reversed(self.pivots):
+            spread = pivot.spread(None if spread is None else spread.moved())
+            yield spread
 
     def _diagonal(self) -> Float[Tensor, " P"]:
         return self._variances.clone()
 
     @cached_property
     def _variances(self) -> Float[Tensor, " P"]:
-        return torch.cat([spread.diagonal() for spread in self._spreads()])
+        with threads(self.largest):
+            return torch.cat([spread.diagonal() for spread in self._spreads()])
 
     def _block(self, number: int) -> Float[Tensor, "p p"]:
-        return next(itertools.islice(self._spreads(), self.owners[number], None)).block()
+        with threads(self.largest):
+            return next(itertools.islice(self._spreads(), self.owners[number], None)).block()
 
     def _of_outputs(self) -> Float[Tensor, "B C C"]:
-        *_, last = self._spreads()
-        return last.of_samples(self.batch)
+        with threads(self.largest):
+            (last,) = deque(self._spreads(), maxlen=1)
+            return last.of_samples(self.batch)
 
     @cached_property
     def inverse_error(self) -> float:
-        """Estimate of the relative error of `inverse_diagonal` (norms), by refined solves for some of its entries; 0 where all pivots are positive, as
-        `uncertainty`. Half of the entries are spread over the stages, half are in the last one: an eigenvalue of a later part spoils what lies behind it.
+        """Estimate of the relative error of `inverse_diagonal` (norms; small entries may be off by more), by refined solves for some of its entries. Half of
+        them are spread over the stages, half are in the last one: an eigenvalue of a later part spoils what lies behind it. 0 where all pivots are
+        positive, as `uncertainty`: then the error is rounding times the condition number, as a solve's.
         """
         if not any(pivot.negative for pivot in self.pivots):
             return 0.0
