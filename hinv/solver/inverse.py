@@ -27,7 +27,8 @@ class Inverse:
         """(P,) the diagonal of (H + damping I)^-1 (parameter^2 / loss).
 
         By selected inversion, forwards over the stages: 2 n k^2 + 3 n^2 k + 2 n^3 flops a stage (n = a_out min(B, d), k = B a_in), one to three
-        factorizations; nothing of P x P. By the dual: 2 a_out B^2 (r^2 + a_in) a stage, r the rank of the loss's Hessian for a sample.
+        factorizations, and in memory its peak once more; nothing of P x P. By the dual: 2 a_out B^2 (r^2 + a_in) a stage, r the rank of the loss's Hessian
+        for a sample. Source: Takahashi, Fagan & Chin (1973), for the stages.
 
         Warns:
             AccuracyWarning: it has fewer than half of the digits (`inverse_error`), as next to an eigenvalue of a later part of the network: a solve
@@ -62,7 +63,7 @@ class Inverse:
         return self._of_outputs()
 
     def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "P n"]:
-        """(P, n) independent draws from N(0, (H + damping I)^-1), each by one sweep forwards: half a solve; by the dual, a solve (Matheron's rule).
+        """(P, n) independent draws from N(0, (H + damping I)^-1) (parameters), each by one sweep forwards: half a solve; by the dual, a solve (Matheron's rule).
 
         Args:
             n: how many.
