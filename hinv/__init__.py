@@ -2,12 +2,13 @@
 
     H = hinv.Hessian(model, loss, x, y)      or hinv.GGN: the Gauss-Newton matrix
     H.solve(g, damping)                      (H + damping I)^-1 g, exact, with its residual in H.last_solve
-    H.factor(damping)                        once, for many right-hand sides; inertia, log-determinant
+    H.factor(damping)                        once, for many right-hand sides; inertia, log-determinant; the inverse's diagonal, blocks, trace; samples
     H.counts(edges), H.eigsh(k)              exact spectra, certified
+    hinv.influence(H, x, y, damping)         of each training sample on the loss of others; hinv.leave_one_out
     hinv.optim, hinv.CurvatureMonitor        steps, and curvature during training
     hinv.paper                               every matrix of the paper
 
-The rooms, each above all that it uses: optim, curvature, spectrum, solver and paper, network. `hinv.companion` is for the notebooks and is not imported here.
+The rooms, each above all that it uses: optim and posterior, curvature, spectrum, solver and paper, network. `hinv.companion` is for the notebooks and is not imported here.
 """
 
 from hinv import optim, paper, spectrum
@@ -16,6 +17,7 @@ from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, Sin
 from hinv.network import Residual, SharedLinear, tall_skinny
 from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
+from hinv.posterior import influence, leave_one_out
 from hinv.solve import SolveReport
 from hinv.solver.estimate import Estimate
 from hinv.spectrum import Eigenpairs
@@ -34,6 +36,8 @@ __all__ = [
     "SharedLinear",
     "SingularShiftError",
     "SolveReport",
+    "influence",
+    "leave_one_out",
     "optim",
     "paper",
     "spectrum",

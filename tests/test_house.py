@@ -22,7 +22,7 @@ FLOORS = [
     {"paper", "solver"},
     {"solve", "spectrum"},
     {"curvature"},
-    {"optim"},
+    {"optim", "posterior"},
     {""},  # hinv/__init__.py
     {"companion"},
 ]

@@ -28,6 +28,27 @@ Move = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
 
 def product(chain: Chain, v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """H v for one vector."""
+    y, pulls = _forwards(chain, v)
+    signals = [losses.products(chain.loss, chain.outputs, chain.targets)(y)]
+    out = []
+    for stage, pull in zip(reversed(chain.live), reversed(pulls), strict=True):
+        if pull is None:
+            signals = stage.wiring.back(signals)
+            continue
+        g, signals[-1] = pull(signals[-1])
+        out.append(g)
+    return torch.cat(out[::-1])
+
+
+def moved(chain: Chain, v: Float[Tensor, " P"]) -> Float[Tensor, "B ..."]:
+    """J v: how the outputs move, shaped like them."""
+    return _forwards(chain, v)[0]
+
+
+def _forwards(
+    chain: Chain, v: Float[Tensor, " P"]
+) -> tuple[Float[Tensor, "B ..."], list[Callable[[Tensor], tuple[Tensor, Tensor]] | None]]:
+    """y_L, and for the way back lambda_l -> ((H v)_l, lambda_{l-1}) of each stage (None of a wiring)."""
     pieces = iter(v.split([len(stage.x) for stage in chain.live if stage.parameters]))
     live = chain.live
     y: list[Tensor | None] = [None] * len(live[0].segments)  # of the state's segments; None where it is constant
@@ -43,15 +64,7 @@ def product(chain: Chain, v: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
         y[-1], pull = MOVES.get(stage.kind, by_double_backward)(stage, x, y[-1])
         pulls.append(pull)
     assert y[-1] is not None
-    signals = [losses.products(chain.loss, chain.outputs, chain.targets)(y[-1].view_as(chain.outputs))]
-    out = []
-    for stage, pull in zip(reversed(live), reversed(pulls), strict=True):
-        if pull is None:
-            signals = stage.wiring.back(signals)
-            continue
-        g, signals[-1] = pull(signals[-1])
-        out.append(g)
-    return torch.cat(out[::-1])
+    return y[-1].view_as(chain.outputs), pulls
 
 
 def _linear(stage: Stage, x: Float[Tensor, " p"], y: Tensor | None) -> Move:

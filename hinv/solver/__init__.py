@@ -9,6 +9,7 @@ A vector's way is down this list:
 
 and beside it
 
+`inverse`    the inverse's diagonal, blocks and trace, what it makes of the outputs, samples: of `factor` and of `dual`
 `dual`       the Gauss-Newton matrix of few outputs, by one Cholesky of their size
 `sparse`     SuperLU on K, which pivots across stages
 `krylov`     what one would do without the structure: dense LU, CG, MINRES

@@ -1,8 +1,11 @@
 """The Gauss-Newton matrix through its dual: one (B C) x (B C) Cholesky, exact, and no P x P or stagewise elimination.
 
-    GGN = J^T Lambda J,  Lambda = R R^T,  D = J^T R  (P x BC; fewer columns where Lambda has less rank)
-    (GGN + eps I)^-1 g = (g - D (eps I + D^T D)^-1 D^T g) / eps
-    log det(GGN + eps I) = (P - BC) log eps + log det(eps I + D^T D)                                  (Sylvester's identity)
+    GGN = J^T Lambda J,  Lambda = R R^T,  D = J^T R  (P x BC; fewer columns where Lambda has less rank),  Gram = eps I + D^T D
+    (GGN + eps I)^-1 = (I - D Gram^-1 D^T) / eps
+    log det(GGN + eps I) = (P - BC) log eps + log det Gram                                            (Sylvester's identity)
+    tr (GGN + eps I)^-1 = (P - BC) / eps + tr Gram^-1
+
+With fewer parameters than columns the difference cancels, and what is asked of the inverse comes from eps I + D D^T (P x P, the smaller of the two).
 
 D is never formed for linear stages: its column for output direction c of sample n is the outer product of a backpropagated delta_nc and the stage's
 input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages. Cost O(sum over stages of B C a (a + B C)) and (B C)^3 / 3.
@@ -10,6 +13,8 @@ input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages
 
 import itertools
 import math
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,59 +24,48 @@ from hinv.network import Chain, Stage, derivatives, losses
 from hinv.shapes import Float
 
 from .factor import check_right_hand_side
+from .inverse import Inverse
 
 # rows of D^T D formed at a time: all of them in one product waste half of it, few of them waste calls
 STRIPE = 768
+CHUNK = 2**22  # numbers formed at once
 
 
-class Dual:
-    """GGN + damping I for damping > 0, factored: solve, inertia, logdet."""
+class Dual(Inverse):
+    """GGN + damping I for damping > 0, factored: solve, inertia, logdet, parts of the inverse and samples."""
+
+    inverse_error = 0.0  # it is definite
 
     def __init__(self, chain: Chain, damping: float):
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
         self.damping, batch = damping, len(chain.inputs)
-        delta = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
-        self.batch, self.rank = batch, delta.shape[2]
-        size, live = batch * self.rank, chain.live
-        gram = delta.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
+        root = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
+        self.chain, self.batch, self.rank = chain, batch, root.shape[2]
+        size = batch * self.rank
+        gram = root.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
         stripes = 1 + size // STRIPE
         cuts = [batch * i // stripes for i in range(stripes + 1)]
         # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
         self.stages, deltas = [], []
-        signals = [delta]  # of the state's segments
-        for number in reversed(range(len(live))):
-            stage = live[number]
-            if stage.kind == "wiring":
-                signals = stage.wiring.back(signals)
+        for stage, kept, delta in backpropagated(chain, root):
+            self.stages.insert(0, kept)
+            if not _alone(stage):
+                gram += (kept.T @ kept).view_as(gram)
                 continue
-            delta = signals[-1]
-            if _alone(stage):
-                z = stage.inputs
-                rows = delta.mT.reshape(size, delta.shape[1])  # ((n, c), a_out)
-                kernel = (z @ z.T + float(stage.has_bias))[:, None, :, None]
-                for top, end in itertools.pairwise(cuts):
-                    block = gram[top:end, :, :end]
-                    outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
-                    block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
-                self.stages.insert(0, z)
-                deltas.insert(0, delta)
-                if number:  # nobody asks for the deltas of the input, which may be much wider than any layer
-                    delta = stage.weight.T @ delta
-            elif stage.kind == "elementwise":
-                delta = stage.slope.unsqueeze(2) * delta
-            else:
-                D, delta = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
-                if stage.parameters:
-                    gram += (D.T @ D).view_as(gram)
-                    self.stages.insert(0, D)
-            signals[-1] = delta
+            deltas.insert(0, delta)
+            rows, kernel = _rows(delta), _kernel(stage)[:, None, :, None]
+            for top, end in itertools.pairwise(cuts):
+                block = gram[top:end, :, :end]
+                outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
+                block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
         gram = gram.view(size, size)
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
-        owners = [stage for stage in live if stage.parameters]
+        owners = [stage for stage in chain.live if stage.parameters]
+        self.names, self.like = [stage.name for stage in owners], gram[:0, 0]
         self.linear = [_alone(stage) for stage in owners]
         self.sizes = [len(stage.x) for stage in owners]
         self.units = [d.shape[1] for d in deltas]
@@ -131,6 +125,145 @@ class Dual:
             if piece.shape[1] > weights.shape[1]:
                 piece[:, weights.shape[1] :] = column.sum(0).view(k, -1)
         return out
+
+    # -- the inverse (`hinv.solver.inverse`) ----------------------------------------------------------------------------
+
+    @cached_property
+    def _small(self) -> Float[Tensor, "P P"] | None:
+        """With fewer parameters than columns of D, the Cholesky factor of eps I + D D^T; otherwise None."""
+        P = sum(self.sizes)
+        if len(self.L) <= P:
+            return None
+        D = torch.cat([self._formed(number) for number in range(len(self.sizes))])
+        matrix = D @ D.T
+        matrix.diagonal().add_(self.damping)
+        return torch.linalg.cholesky(matrix)
+
+    def _formed(self, number: int) -> Float[Tensor, "p n"]:
+        """D_l."""
+        if not self.linear[number]:
+            return self.stages[number]
+        owner = sum(self.linear[:number])
+        delta = self.delta.split(self.units, 1)[owner]
+        return _outer(self.stages[number], delta, self.sizes[number])
+
+    def _diagonal(self) -> Float[Tensor, " P"]:
+        if self._small is not None:
+            return torch.cholesky_inverse(self._small).diagonal().clone()
+        gram, out = torch.cholesky_inverse(self.L).view(self.batch, self.rank, -1), []
+        deltas = list(self.delta.split(self.units, 1))
+        for linear, kept, p in zip(self.linear, self.stages, self.sizes, strict=True):
+            if linear:
+                out.append(self._quadratic(kept, deltas.pop(0), gram, p))
+            else:
+                out.append(torch.linalg.solve_triangular(self.L, kept.T, upper=False).square().sum(0))
+        return (1.0 - torch.cat(out)) / self.damping
+
+    def _quadratic(
+        self, z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], gram: Float[Tensor, "B r n"], p: int
+    ) -> Float[Tensor, " p"]:
+        """The diagonal of D_l Gram^-1 D_l^T: sum_nn' z_ni W^o_nn' z_n'i, W^o_nn' = sum_cc' delta_nco [Gram^-1]_nc,n'c' delta_n'c'o; z = 1 for a bias."""
+        batch, weights, biases = self.batch, [], []
+        for some in delta.split(max(1, CHUNK // (batch * max(gram.shape[2], z.shape[1]))), 1):
+            half = (some @ gram).view(batch, -1, batch, self.rank)
+            W = (half * some.transpose(0, 1)).sum(3).transpose(0, 1)  # (units, B, B)
+            weights.append(((W @ z) * z).sum(1))
+            biases.append(W.sum((1, 2)))
+        out = torch.cat(weights).flatten()
+        return torch.cat([out, *biases]) if p > len(out) else out
+
+    def _trace(self) -> float:
+        L, beyond = (self.L, sum(self.sizes) - len(self.L)) if self._small is None else (self._small, 0)
+        return beyond / self.damping + torch.cholesky_inverse(L).diagonal().sum().item()
+
+    def _block(self, number: int) -> Float[Tensor, "p p"]:
+        end, p = sum(self.sizes[: number + 1]), self.sizes[number]
+        if self._small is not None:
+            return torch.cholesky_inverse(self._small)[end - p : end, end - p : end]
+        half = torch.linalg.solve_triangular(self.L, self._formed(number).T, upper=False)
+        out = half.T @ -half
+        out.diagonal().add_(1.0)
+        return out / self.damping
+
+    def _of_outputs(self) -> Float[Tensor, "B C C"]:
+        """The outputs' own J goes back once more, and meets D in k* = J D and itself in k** = J_n J_n^T: (k** - k* Gram^-1 k*^T) / eps."""
+        outputs = self.chain.outputs.flatten(1)
+        batch, C = outputs.shape
+        eye = torch.eye(C, dtype=outputs.dtype, device=outputs.device).expand(batch, -1, -1)
+        walk = backpropagated(self.chain, eye)
+        if self._small is not None:
+            J = torch.cat(
+                [
+                    _outer(kept, d, p) if _alone(s) else kept
+                    for (s, kept, d), p in zip(walk, self.sizes[::-1], strict=True)
+                ][::-1]
+            )
+            half = torch.linalg.solve_triangular(self._small, J, upper=False).view(-1, batch, C)
+            return torch.einsum("pnc,pnd->ncd", half, half)
+        k, own = outputs.new_zeros(batch, C, batch, self.rank), outputs.new_zeros(batch, C, C)
+        stages, deltas = self.stages[::-1], list(self.delta.split(self.units, 1))
+        for (stage, kept, delta), D in zip(walk, stages, strict=True):
+            if _alone(stage):
+                kernel = _kernel(stage)
+                k.addcmul_((_rows(delta) @ _rows(deltas.pop()).T).view_as(k), kernel[:, None, :, None])
+                own += (delta.mT @ delta) * kernel.diagonal()[:, None, None]
+            else:
+                k += (kept.T @ D).view_as(k)
+                J = kept.view(-1, batch, C)
+                own += torch.einsum("pnc,pnd->ncd", J, J)
+        half = torch.linalg.solve_triangular(self.L, k.view(batch * C, -1).T, upper=False).view(-1, batch, C)
+        return (own - torch.einsum("knc,knd->ncd", half, half)) / self.damping
+
+    @property
+    def noises(self) -> int:
+        return sum(self.sizes) + len(self.L)
+
+    def colored(self, noise: Float[Tensor, "noises n"]) -> Float[Tensor, "P n"]:
+        """Matheron's rule: a draw from the prior, moved by what a noisy observation of D^T x says."""
+        prior, observed = noise.split([sum(self.sizes), len(self.L)])
+        x = prior.T / self.damping**0.5
+        return (x - self._apply(torch.cholesky_solve(self._transpose(x) + observed, self.L))).T
+
+
+def backpropagated(chain: Chain, delta: Float[Tensor, "B C r"]) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+    """Directions in the outputs, r for each sample, carried back through the network: of each stage with parameters, the last one first, its input Z and the
+    deltas behind it (B, a_out, r), or where it is not `_alone` what they are together, D_l = J_l^T delta (p, B r)."""
+    live, signals = chain.live, [delta]  # of the state's segments
+    for number in reversed(range(len(live))):
+        stage = live[number]
+        if stage.kind == "wiring":
+            signals = stage.wiring.back(signals)
+            continue
+        delta = signals[-1]
+        if _alone(stage):
+            yield stage, stage.inputs, delta
+            if number:  # nobody asks for the deltas of the input, which may be much wider than any layer
+                delta = stage.weight.T @ delta
+        elif stage.kind == "elementwise":
+            delta = stage.slope.unsqueeze(2) * delta
+        else:
+            D, before = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
+            if stage.parameters:
+                yield stage, D, delta
+            delta = before
+        signals[-1] = delta
+
+
+def _rows(delta: Float[Tensor, "B a_out r"]) -> Float[Tensor, "n a_out"]:
+    """((n, c), a_out)."""
+    return delta.mT.reshape(-1, delta.shape[1])
+
+
+def _kernel(stage: Stage) -> Float[Tensor, "B B"]:
+    return stage.inputs @ stage.inputs.T + float(stage.has_bias)
+
+
+def _outer(z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], p: int) -> Float[Tensor, "p n"]:
+    """D_l of a stage that is `_alone`, formed; its biases are what p leaves."""
+    weights = torch.einsum("nor,ni->oinr", delta, z).reshape(-1, len(z) * delta.shape[2])
+    if p == len(weights):
+        return weights
+    return torch.cat([weights, delta.transpose(0, 1).flatten(1)])
 
 
 def _alone(stage: Stage) -> bool:

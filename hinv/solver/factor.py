@@ -13,8 +13,10 @@ linear-quadratic control problem (state y, control x, costate lambda). V, S, N d
 the inertias of the S_l, and log|det| the sum of theirs.
 """
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +29,13 @@ from hinv.modes import threads
 from hinv.shapes import Float
 from hinv.vectors import normal, seeded
 
+from .inverse import Inverse
 from .memory import Holes
-from .parts import Eliminated, HeadPivot, Structure
+from .parts import Eliminated, HeadPivot, Spread, Structure
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
+UNITS = 16  # entries of the inverse's diagonal that are computed once more
 UNCERTAIN = 0.1  # of the uncertainty at which a count would be wrong: where counts are refused
 
 
@@ -43,8 +47,8 @@ def check_right_hand_side(b: Any, P: int) -> None:
         raise ValueError(f"the right-hand side has shape {tuple(b.shape)}; expected ({P},) or ({P}, k)")
 
 
-class Factor:
-    """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet.
+class Factor(Inverse):
+    """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet, parts of the inverse and samples.
 
     There is no pivoting across stages, so a shift next to an eigenvalue of a trailing part of the network (the last stages alone) makes V grow and
     digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
@@ -59,7 +63,9 @@ class Factor:
         self.largest = max(stage.outputs.numel() for stage, _ in stages)
         with threads(self.largest):
             self._eliminate(structure, damping, Holes(scarce))
-        self.sizes = [part.p for _, part in stages]
+        self.sizes, self.batch = [part.p for _, part in stages], len(stages[0][0].inputs)
+        self.owners = [number for number, (stage, _) in enumerate(stages) if stage.parameters]
+        self.names = [stages[number][0].name for number in self.owners]
         self.like = stages[0][0].inputs[:0]
         self.dtype, self.device = self.like.dtype, self.like.device
 
@@ -167,8 +173,80 @@ class Factor:
         for pivot, g in zip(self.pivots, reversed(pieces), strict=True):
             h, r = pivot.backward(r, g)
             kept.append(h)
+        return self._forwards(kept[::-1])
+
+    def _forwards(self, kept: Sequence[Any]) -> Float[Tensor, "P k"]:
+        """x from what the sweep back left of each stage."""
         y, x = None, []
-        for pivot, h in zip(reversed(self.pivots), reversed(kept), strict=True):
+        for pivot, h in zip(reversed(self.pivots), kept, strict=True):
             step, y = pivot.forward(h, y)
             x.append(step)
         return torch.cat(x)
+
+    # -- the inverse (`hinv.solver.inverse`) ----------------------------------------------------------------------------
+
+    def _spreads(self) -> Iterator[Spread]:
+        """Selected inversion, from the first stage to the last; one of them alive at a time."""
+        spread = None
+        for pivot in reversed(self.pivots):
+            spread = pivot.spread(None if spread is None else spread.moved())
+            yield spread
+
+    def _diagonal(self) -> Float[Tensor, " P"]:
+        return self._variances.clone()
+
+    @cached_property
+    def _variances(self) -> Float[Tensor, " P"]:
+        with threads(self.largest):
+            return torch.cat([spread.diagonal() for spread in self._spreads()])
+
+    def _block(self, number: int) -> Float[Tensor, "p p"]:
+        with threads(self.largest):
+            return next(itertools.islice(self._spreads(), self.owners[number], None)).block()
+
+    def _of_outputs(self) -> Float[Tensor, "B C C"]:
+        with threads(self.largest):
+            (last,) = deque(self._spreads(), maxlen=1)
+            return last.of_samples(self.batch)
+
+    @cached_property
+    def inverse_error(self) -> float:
+        """Estimate of the relative error of `inverse_diagonal` (norms; small entries may be off by more), by refined solves for some of its entries. Half of
+        them are spread over the stages, half are in the last one: an eigenvalue of a later part spoils what lies behind it. 0 where all pivots are
+        positive, as `uncertainty`: then the error is rounding times the condition number, as a solve's.
+        """
+        if not any(pivot.negative for pivot in self.pivots):
+            return 0.0
+        P, ends = sum(self.sizes), [0, *itertools.accumulate(self.sizes)]
+        owners = [self.owners[i] for i in spaced(len(self.owners), UNITS // 2)]
+        units = [(i, UNITS // 2 // len(owners)) for i in owners] + [(owners[-1], UNITS // 2)]
+        where = sorted({ends[i] + j for i, count in units for j in spaced(self.sizes[i], count)})
+        b = self.like.new_zeros(P, len(where))
+        b[where, range(len(where))] = 1.0
+        x = self.solve(b)
+        x += self.solve(b - self.product(x) - self.damping * x)
+        entries = x[where].diagonal()
+        return ((self._variances[where] - entries).norm() / entries.norm()).item()
+
+    @property
+    def noises(self) -> int:
+        return sum(pivot.noises for pivot in self.pivots)
+
+    def colored(self, noise: Float[Tensor, "noises n"]) -> Float[Tensor, "P n"]:
+        with threads(self.largest):
+            pivots = self.pivots[::-1]
+            pieces = noise.split([pivot.noises for pivot in pivots])
+            return self._forwards([pivot.color(piece) for pivot, piece in zip(pivots, pieces, strict=True)])
+
+    def _require_definite(self) -> None:
+        if negative := sum(pivot.negative for pivot in self.pivots):
+            raise ValueError(
+                f"H + ({self.damping:g}) I has {negative} negative eigenvalues, so its inverse is no covariance: use more damping than minus the smallest "
+                "eigenvalue of H (H.eigval(0)), or hinv.GGN"
+            )
+
+
+def spaced(n: int, count: int) -> list[int]:
+    """At most `count` of the numbers 0 .. n - 1, evenly spaced, the last among them."""
+    count = min(n, count)
+    return [(i + 1) * n // count - 1 for i in range(count)]

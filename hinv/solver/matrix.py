@@ -61,7 +61,8 @@ class Matrix(Products):
             dtype: of the arithmetic; the model's by default. float64 for a float32 model costs twice and loses no digits to small pivots.
 
         Returns:
-            a `Factor` with solve(b), inertia, logdet (for a GGN with few outputs, its dual with the same three).
+            a `Factor` with solve(b), inertia, logdet and parts of the inverse: inverse_diagonal(), inverse_block(stage), inverse_trace(),
+            output_covariance(), sample(n) (for a GGN with few outputs, its dual with the same).
 
         Raises:
             SingularShiftError: a pivot is zero to working precision (damping is minus an eigenvalue), with the stage's name.

@@ -62,6 +62,7 @@ class Symmetric:
     negative: int
     log_abs_det: float
     inverse: Any  # the diagonal of D^-1 as a column, a tensor or an array
+    L: Tensor
 
     def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
         """V -= N^T S^-1 N in place; returns Y, which takes N's place in the sweeps. N (n, k) is overwritten."""
@@ -78,6 +79,25 @@ class Symmetric:
     def solve(self, t: Array) -> Array:
         """S^-1 t."""
         return self.back(self.start(t)[1])
+
+    def formed(self) -> Float[Array, "n n"]:
+        """S^-1."""
+        return self.back(self.back(self.over_D(self.eye())).T)
+
+    def spread(
+        self, Y: Float[Array, "n k"], Sigma: Float[Array, "k k"]
+    ) -> tuple[Float[Array, "n n"], Float[Array, "n k"]]:
+        """S^-1 + K Sigma K^T and -K Sigma, with K = S^-1 N = C^-T Y."""
+        YSigma, middle = Y @ Sigma, self.over_D(self.eye())
+        subtract_product(middle, -YSigma.T, Y.T)
+        return self.back(self.back(middle).T), -self.back(YSigma)
+
+    def eye(self) -> Float[Array, "n n"]:
+        return torch.eye(self.L.shape[-1], dtype=self.L.dtype, device=self.L.device)
+
+    def color(self, noise: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
+        """D^-1/2 times independent standard normal numbers, for S positive definite: back of it has the covariance S^-1."""
+        return noise * self.inverse**0.5
 
     def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         """C^-1 X for X (..., n, k)."""
@@ -110,6 +130,9 @@ class Cholesky(Symmetric):
 
     def back(self, Z: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return torch.linalg.solve_triangular(self.L.mT, Z, upper=True)
+
+    def color(self, noise: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
+        return noise
 
     @cached_property
     def log_abs_det(self) -> float:
@@ -264,6 +287,18 @@ class Small(Symmetric):
         x = np.empty(Z.shape, Z.dtype)
         x[self.order] = Z
         return x
+
+    def spread(
+        self, Y: Float[Array, "n k"], Sigma: Float[Array, "k k"]
+    ) -> tuple[Float[Array, "n n"], Float[Array, "n k"]]:
+        YSigma = Y @ Sigma
+        return self.back(self.back(self.over_D(self.eye()) + YSigma @ Y.T).T), -self.back(YSigma)
+
+    def eye(self) -> Float[Array, "n n"]:
+        return np.eye(len(self.d), dtype=self.d.dtype)
+
+    def color(self, noise: Float[Array, "n k"]) -> Float[Array, "n k"]:
+        return noise if self.inverse is None else noise * self.inverse**0.5
 
 
 def _unpacked(

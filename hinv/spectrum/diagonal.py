@@ -17,6 +17,7 @@ from hinv.modes import exact
 from hinv.network import Derivatives, Stage, derivatives, losses
 from hinv.network.skip import on_segments
 from hinv.shapes import Float
+from hinv.solver.inverse import numbered
 from hinv.solver.matrix import Matrix
 from hinv.solver.products import Products
 
@@ -150,11 +151,5 @@ def by_stage(H: Matrix) -> dict[str, dict[str, float]]:
 @exact()
 def block(H: Matrix, stage: str | int) -> Float[Tensor, "p p"]:
     names = [s.name for s in H.chain.live if s.parameters]
-    if isinstance(stage, int) and -len(names) <= stage < len(names):
-        stage = names[stage]
-    for candidate in blocks(H.double()):
-        if candidate.stage.name == stage:
-            return candidate.dense().to(H.dtype)
-    raise ValueError(
-        f"no stage {stage!r} with parameters: use one of {', '.join(map(repr, names))}, or its number from 0 to {len(names) - 1}"
-    )
+    name = names[numbered(names, stage)]
+    return next(found.dense() for found in blocks(H.double()) if found.stage.name == name).to(H.dtype)

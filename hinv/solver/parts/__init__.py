@@ -12,6 +12,7 @@ Positions that share the weights (tokens, jets) take the place of samples.
 S is C blocks of m x m minus a term of rank B, factored as such; nothing of size (C m)^2 or (B C)^2 exists.
 `Diagonal`. An elementwise stage. `Wired`. Where a residual block begins or ends; in between V has rows of what it carries, the first ones, and a stage
 acts on the others (`Part.carry`). `Dense`. Anything else, with the blocks of `network.derivatives`.
+`Spread`. What each of them, eliminated, knows of the inverse (`spread`).
 """
 
 import torch
@@ -27,6 +28,7 @@ from .diagonal import Diagonal
 from .head import Head, HeadPivot
 from .linear import Linear, SmallLinear
 from .part import Eliminated, Part, Pivot
+from .spread import Spread
 from .wiring import Wired
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Part",
     "Pivot",
     "SmallLinear",
+    "Spread",
     "Structure",
     "Wired",
     "kind",

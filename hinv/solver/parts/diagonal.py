@@ -7,6 +7,7 @@ from hinv.network import Stage
 from hinv.shapes import Float
 
 from .part import Eliminated
+from .spread import Spread
 
 
 class Diagonal(Eliminated):
@@ -29,6 +30,12 @@ class Diagonal(Eliminated):
         if self.bend is not None:
             V.diagonal()[c:].add_(self.bend)
         return self, V
+
+    def spread(self, Sigma: Float[Tensor, "k k"] | None) -> Spread:
+        assert Sigma is not None  # a stage with parameters comes before it
+        Sigma[self.carry :].mul_(self.slope)
+        Sigma[:, self.carry :].mul_(self.row)
+        return Spread(Sigma)
 
     @property
     def negative(self) -> int:

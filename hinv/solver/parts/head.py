@@ -12,6 +12,7 @@ from hinv.shapes import Float
 from ..symmetric import Symmetric, factored
 from .linear import Linear, each
 from .part import Eliminated, Kept
+from .spread import Spread, block, eye
 
 CHUNK = 2**18  # numbers formed at once
 
@@ -47,7 +48,7 @@ class Head(Linear):
             K = factored(K)
         if not self.wrt_input:
             self.eliminate_perp(None, damping)
-            return HeadPivot(self, T, K, U, damping), None
+            return HeadPivot(self, T, K, U, None, damping), None
         batch, classes, a = self.batch, self.a_out, self.fan_in
         basis = T.half(torch.cat([self.Q_in.T, R], 1).expand(classes, m, a + batch))
         inner = basis.mT @ T.over_D(basis)  # (C, a + B, a + B)
@@ -64,12 +65,13 @@ class Head(Linear):
         half = half.reshape(batch * a, batch * a)
         V = -(P + half + half.T)
         V.view(batch, a, batch, a).diagonal(dim1=0, dim2=2).add_((self.W.T @ self.M).permute(1, 2, 0))
+        Y = None
         if K is not None and self.u is not None:
             ue = self.u.unsqueeze(1) * e  # (B, B, C)
             Y = ue @ QR_c.mT + ((self.u.unsqueeze(1) * RR_c).transpose(0, 1) @ self.M).transpose(0, 1)
-            K.couple(Y.reshape(batch, batch * a), V)
+            Y = K.couple(Y.reshape(batch, batch * a), V)
         self.eliminate_perp(V, damping)
-        return HeadPivot(self, T, K, U, damping), V
+        return HeadPivot(self, T, K, U, Y, damping), V
 
 
 @dataclass
@@ -77,7 +79,8 @@ class HeadPivot(Eliminated):
     part: Head
     T: Symmetric
     K: Symmetric | None
-    U: Float[Tensor, "C m B"] | None
+    U: Float[Tensor, "C m B"] | None  # the half of it that T.half is
+    Y: Float[Tensor, "B k"] | None  # what K couples: K.back(Y) = K^-1 U^T T^-1 N
     damping: float
 
     @property
@@ -115,10 +118,105 @@ class HeadPivot(Eliminated):
     def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], None]:
         (x, rest), part = h, self.part
         if y is not None:
-            y_n, k = y.view(part.batch, part.fan_in, -1), y.shape[1]
-            curved = (part.e.T @ y_n.flatten(1)).view(part.a_out, part.fan_in, k)  # sum_n e_nc y_n
-            linear = (part.R @ (part.M @ y_n).flatten(1)).view(part.m, part.a_out, k)  # sum_n R_n (V_n W y_n)_c
-            x = x - self._solve(each(part.Q_in.T, curved) + linear.transpose(0, 1))
+            x = x - self._solve(self.N(y))
             if rest is not None:
                 rest = rest - part.F_rest(y) / self.damping
         return part.put_together(x.transpose(0, 1).reshape(part.m * part.a_out, -1), rest), None
+
+    def N(self, y: Float[Tensor, "columns k"]) -> Float[Tensor, "C m k"]:
+        """N_c y = Q^T sum_n e_nc y_n + sum_n R_n (V_n W y_n)_c."""
+        return each(self.part.Q_in.T, self.part.e_times(y)) + self.linear(y)
+
+    def linear(self, y: Float[Tensor, "columns k"], units: slice = slice(None)) -> Float[Tensor, "units m k"]:
+        """The second term, of these classes."""
+        part, y_n = self.part, y.view(self.part.batch, self.part.fan_in, -1)
+        return (part.R @ (part.M[:, units] @ y_n).flatten(1)).view(part.m, -1, y.shape[1]).transpose(0, 1)
+
+    def spread(self, Sigma: Float[Tensor, "k k"] | None) -> Spread:
+        return HeadJoint(self, Sigma)
+
+    @property
+    def noises(self) -> int:
+        return self.part.p + (self.part.batch if self.K else 0)
+
+    def color(self, noise: Float[Tensor, "noises k"]) -> Kept:
+        """S^-1 = T^-1 + T^-1 U K^-1 U^T T^-1 is the covariance of a sum of two independent terms."""
+        part, k = self.part, noise.shape[1]
+        noise, second = noise.split([part.p, self.noises - part.p])
+        first, rest = part.take_apart(noise)
+        h = self.T.color(first.reshape(part.m, part.a_out, k).transpose(0, 1))
+        if self.K is not None and self.U is not None:
+            h = h + self.T.over_D(self.U) @ self.K.back(self.K.color(second))
+        return (self.T.back(h), None if rest is None else rest / self.damping**0.5)
+
+
+class HeadJoint(Spread):
+    """Class by class: x_c = u_c - K_c y with K_c = T_c^-1 (N_c + U_c Z), Z = K^-1 U^T T^-1 N, N_c = Q^T (e_c^T kron I) + R M_c and U_c = R diag(u_c).
+
+    Flops: about 4 C k^2 (k = B a), as the elimination; nothing of size (C m)^2 or C m k unless the whole block is asked for.
+    """
+
+    def __init__(self, pivot: HeadPivot, Sigma: Float[Tensor, "k k"] | None):
+        self.pivot, self.part, self.Sigma, part = pivot, pivot.part, Sigma, pivot.part
+        self.T_inverse = pivot.T.solve(eye(part.m, part.R).expand(part.a_out, -1, -1))  # (C, m, m)
+        self.K_inverse = pivot.K.formed() if pivot.K else None
+        self.Z = pivot.K.back(pivot.Y) if pivot.K and pivot.Y is not None else None  # (B, k)
+
+    def diagonal(self) -> Float[Tensor, " p"]:
+        part, out = self.part, []
+        for units in part.units():
+            T_inverse, C = self.T_inverse[units], self.T_inverse[units]
+            U = None if part.u is None else part.R * part.u.T[units, None]
+            if self.K_inverse is not None and U is not None:
+                C = C + T_inverse @ (U @ self.K_inverse @ U.mT) @ T_inverse
+            E = signals = None
+            if self.Sigma is not None:
+                e_Sigma = part.e_times(self.Sigma, units)
+                G = each(part.Q_in.T, e_Sigma) + self.pivot.linear(self.Sigma, units)
+                if self.Z is not None and U is not None:
+                    G = G + U @ (self.Z @ self.Sigma)
+                G = T_inverse @ G  # K_c Sigma
+                at, E = G.view(*G.shape[:2], part.batch, part.fan_in), part.times_e(G, units)
+                N = E @ part.Q_in + torch.einsum("cjna,nca->cjn", at, part.M[:, units]) @ part.R.T
+                if self.Z is not None and U is not None:
+                    N = N + G @ self.Z.T @ U.mT
+                C, E, signals = C + N @ T_inverse, -E, part.times_e(e_Sigma, units)
+            if not (part.perp and part.curved):
+                E = signals = None
+            out.append(part.of_units(C, E, signals, self.pivot.damping))
+        return part.in_order(torch.cat(out).unsqueeze(2))[:, 0]
+
+    def block(self) -> Float[Tensor, "p p"]:
+        """As any other stage's."""
+        part, pivot = self.part, self.pivot
+
+        def solve(b: Float[Tensor, "C m k"]) -> Float[Tensor, "n k"]:
+            return pivot._solve(b).transpose(0, 1).reshape(part.m * part.a_out, -1)
+
+        n = part.m * part.a_out
+        C = solve(eye(n, part.R).view(part.m, part.a_out, n).transpose(0, 1))
+        if self.Sigma is None:
+            return block(part, pivot.damping, C, None, None)
+        K = solve(pivot.N(eye(len(self.Sigma), part.R)))
+        X = -K @ self.Sigma
+        return block(part, pivot.damping, C - X @ K.T, X, self.Sigma)
+
+    def of_samples(self, batch: int) -> Float[Tensor, "B C C"]:
+        """Of the outputs J_n x + W y_n = J_n u + L_n y, sample by sample."""
+        part, u = self.part, self.part.u
+        RT = part.R.T @ self.T_inverse
+        RTR, RTQ, out = RT @ part.R, RT @ part.Q_in.T, []  # (C, B, B) and (C, B, a)
+        for n in range(batch):
+            at = RTR[:, n]  # of this sample with all: (C, B)
+            covariance = at[:, n].diag()
+            if self.K_inverse is not None and u is not None:
+                covariance += (at * u.T) @ self.K_inverse @ (at * u.T).T
+            if self.Sigma is not None:
+                L = part.e.T.unsqueeze(2) * -RTQ[:, n, None] - at.unsqueeze(2) * part.M.transpose(0, 1)  # (C, B, a)
+                L[:, n] += part.W
+                L = L.flatten(1)
+                if self.Z is not None and u is not None:
+                    L -= (at * u.T) @ self.Z
+                covariance += L @ self.Sigma @ L.T
+            out.append(covariance)
+        return torch.stack(out)

@@ -1,5 +1,7 @@
 """A linear stage in rotated weights, by torch for large stages and by NumPy for small ones."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from hinv.shapes import Array, Float
 
 from ..symmetric import SMALL, Small
 from .part import Eliminated, Kept, Part, Pivot
+from .spread import Joint, SmallJoint
+
+CHUNK = 2**20  # numbers formed at once
 
 
 def each(M: Float[Array, "m r"], X: Float[Array, "N r c"]) -> Float[Array, "N m c"]:
@@ -130,16 +135,18 @@ class Linear(Part):
     def put_together(self, x: Float[Array, "n k"], rest: Float[Array, "a_out d k"] | None) -> Float[Array, "p k"]:
         k = x.shape[1]
         full = each(self.Q, x.reshape(self.m, self.a_out, k).swapaxes(0, 1))
-        if rest is not None:
-            full += rest
-        weights = full[:, : self.fan_in].reshape(self.a_out * self.fan_in, k)
+        return self.in_order(full if rest is None else full + rest)
+
+    def in_order(self, full: Float[Array, "a_out d k"]) -> Float[Array, "p k"]:
+        """Unit by unit, the bias last -> all weights, then all biases."""
+        weights = full[:, : self.fan_in].reshape(self.a_out * self.fan_in, -1)
         return cat([weights, full[:, self.fan_in]]) if self.bias else weights
 
     # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
 
     def F_rest(self, y: Float[Array, "columns k"]) -> Float[Array, "a_out d k"]:
         """(a_out, d, k): the perpendicular part of F y."""
-        moved = (self.e.T @ y.reshape(self.batch, -1)).reshape(self.a_out, self.fan_in, -1)
+        moved = self.e_times(y)
         if self.bias:
             moved = cat([moved, 0.0 * moved[:, :1]], 1)
         return moved - each(self.Q, each(self.Q.T, moved))
@@ -149,10 +156,59 @@ class Linear(Part):
         k = rest.shape[2]
         return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).reshape(self.batch * self.fan_in, k)
 
-    def beyond(self) -> Float[Array, "a_in a_in"]:
-        """I - Q Q^T on the weights of one unit."""
-        P = self.Q_in @ -self.Q_in.T
-        P.diagonal().add_(1.0)
+    # the inverse's diagonal, unit by unit: of unit o the weights are Q x_o + rest_o, and rest_o sees y by e_o alone
+
+    def variances(self, joint: Joint) -> Float[Array, " p"]:
+        m, (C, X, Sigma) = self.m, (joint.C, joint.X, joint.Sigma)
+        C = C.reshape(m, self.a_out, m, self.a_out).diagonal(0, 1, 3).swapaxes(0, 2)  # (a_out, m, m)
+        out = []
+        for units in self.units():
+            E = T = None
+            if self.curved and self.perp and X is not None and Sigma is not None:
+                c = self.carry
+                own = X[:, c:].reshape(m, self.a_out, -1)[:, units].swapaxes(0, 1)
+                E, T = self.times_e(own, units), self.times_e(self.e_times(Sigma[c:, c:], units), units)
+            out.append(self.of_units(C[units], E, T, joint.pivot.damping))
+        return self.in_order(cat(out)[:, :, None])[:, 0]
+
+    def units(self) -> Iterator[slice]:
+        """Some at a time."""
+        numbers = self.d * max(self.m, self.batch * self.fan_in * self.curved)
+        step = max(1, CHUNK // numbers)
+        return (slice(at, at + step) for at in range(0, self.a_out, step))
+
+    def e_times(self, y: Float[Array, "columns k"], units: slice = slice(None)) -> Float[Array, "units a_in k"]:
+        """sum_n e_no y_n for these units."""
+        return (self.e.T[units] @ y.reshape(self.batch, -1)).reshape(-1, self.fan_in, y.shape[1])
+
+    def times_e(self, X: Float[Array, "units r columns"], units: slice) -> Float[Array, "units r a_in"]:
+        """sum_n e_no X_on, for X_o (r, B a_in) of each of these units."""
+        return (self.e.T[units, None, None] @ X.reshape(*X.shape[:2], self.batch, self.fan_in))[:, :, 0]
+
+    def of_units(
+        self,
+        C: Float[Array, "units m m"],
+        E: Float[Array, "units m a_in"] | None,
+        T: Float[Array, "units a_in a_in"] | None,
+        damping: float,
+    ) -> Float[Array, "units d"]:
+        """Variances from C of x_o, E = sum_n e_no X_on and T = sum_nn' e_no e_n'o Sigma_nn'.
+
+        With P = I - Q Q^T: the diagonals of Q C Q^T - 2 Q E P / damping + P / damping + P T P / damping^2.
+        """
+        Q, half = self.Q, each(self.Q, C)
+        if E is None or T is None:
+            own = (half * Q).sum(2)
+            return own + (1.0 - (Q * Q).sum(1)) / damping if self.perp else own
+        P = self.beyond(self.d)
+        half = half - each(P, E.swapaxes(1, 2)) * (2.0 / damping)
+        return (half * Q).sum(2) + (1.0 - (Q * Q).sum(1)) / damping + (each(P, T) * P).sum(2) / damping**2
+
+    def beyond(self, rows: int | None = None) -> Float[Array, "rows a_in"]:
+        """I - Q Q^T of one unit, its first rows (those of the weights, all with the bias's: d); columns of the weights, as no input moves the bias."""
+        rows, a_in = self.fan_in if rows is None else rows, self.fan_in
+        P = self.Q[:rows] @ -self.Q_in.T
+        P.reshape(-1)[: a_in * a_in : a_in + 1] += 1.0
         return P
 
     def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
@@ -204,3 +260,10 @@ class SmallPivot(Pivot):
     def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], Tensor]:
         x, moved = super().forward(h, None if y is None else y.numpy())
         return torch.from_numpy(x), torch.from_numpy(moved)
+
+    def spread(self, Sigma: Float[Tensor, "columns columns"] | None) -> SmallJoint:
+        joint = super().spread(None if Sigma is None else Sigma.numpy())
+        return SmallJoint(self, joint.C, joint.X, joint.Sigma)
+
+    def color(self, noise: Float[Tensor, "p k"]) -> Kept:
+        return super().color(noise.numpy())

@@ -10,6 +10,7 @@ from torch import Tensor
 from hinv.shapes import Array, Float
 
 from ..symmetric import SingularPivotError, Symmetric, factored
+from .spread import Joint, Spread
 
 # what the sweep back keeps of a stage for the sweep forth: S^-1 h, or half of it, and the rest beyond the batch
 Kept = tuple[Any, Any]
@@ -35,6 +36,18 @@ class Eliminated:
     def forward(self, h: Any, y: Array | None) -> tuple[Array, Array | None]:
         """x_l, and y_l from y_{l-1} (None before the first stage, and behind the loss)."""
         raise NotImplementedError
+
+    # the same sweep forwards for matrices instead of vectors (`spread`), and for noise (`hinv.solver.inverse`)
+
+    def spread(self, Sigma: Array | None) -> Spread:
+        """What the stage knows of the inverse, Sigma (None before the first stage) being that of y_{l-1}. It may be overwritten."""
+        raise NotImplementedError
+
+    noises = 0  # standard normal numbers that `color` takes
+
+    def color(self, noise: Array) -> Any:
+        """What `forward` needs for an x_l, and a y_l, of the covariance (H + damping I)^-1, which is positive definite."""
+        return None
 
 
 class Part:
@@ -110,6 +123,10 @@ class Part:
     def put_together(self, x: Array, rest: Array | None) -> Array:
         return x
 
+    def variances(self, joint: Joint) -> Float[Array, " p"]:
+        """The diagonal of the inverse in the order of the parameters."""
+        return joint.C.diagonal()
+
 
 @dataclass
 class Pivot(Eliminated):
@@ -144,13 +161,30 @@ class Pivot(Eliminated):
 
     def forward(self, h: Kept, y: Array | None) -> tuple[Float[Array, "p k"], Array]:
         w, rest = h
-        c, own = self.part.carry, None if y is None else y[self.part.carry :]
         if y is not None:
             w = w - self.Y @ y
             if rest is not None:
-                rest = rest - self.part.F_rest(own) / self.damping
+                rest = rest - self.part.F_rest(y[self.part.carry :]) / self.damping
         x = self.S.back(w)
-        moved = self.part.push(x, own)
-        if c:
-            moved = torch.cat([moved.new_zeros(c, x.shape[1]) if y is None else y[:c], moved])
-        return self.part.put_together(x, rest), moved
+        return self.part.put_together(x, rest), self.push(x, y)
+
+    def push(self, x: Float[Array, "n k"], y: Float[Array, "columns k"] | None) -> Float[Array, "rows k"]:
+        """J x + A y for the whole state: what is carried passes by."""
+        c = self.part.carry
+        if not c:
+            return self.part.push(x, y)
+        moved = self.part.push(x, None if y is None else y[c:])
+        return torch.cat([moved.new_zeros(c, x.shape[1]) if y is None else y[:c], moved])
+
+    def spread(self, Sigma: Float[Array, "columns columns"] | None) -> Joint:
+        if Sigma is None or self.Y is None:
+            return Joint(self, self.S.formed(), None, None)
+        return Joint(self, *self.S.spread(self.Y, Sigma), Sigma)
+
+    @property
+    def noises(self) -> int:
+        return self.part.p
+
+    def color(self, noise: Float[Array, "p k"]) -> Kept:
+        noise, rest = self.part.take_apart(noise)  # a rotation, and a projection: independent of each other
+        return self.S.color(noise), None if rest is None else rest / self.damping**0.5

@@ -7,6 +7,7 @@ from hinv.network.skip import on_segments
 from hinv.shapes import Float
 
 from .part import Eliminated
+from .spread import Spread
 
 
 class Wired(Eliminated):
@@ -34,3 +35,9 @@ class Wired(Eliminated):
     def forward(self, h: None, y: Float[Tensor, "columns k"] | None) -> tuple[Float[Tensor, "0 k"], Tensor]:
         assert y is not None  # a stage with parameters comes before it
         return y[:0], on_segments(self.wiring.forth, y, self.before)
+
+    def spread(self, Sigma: Float[Tensor, "columns columns"] | None) -> Spread:
+        assert Sigma is not None
+        for dim in (0, 1):
+            Sigma = on_segments(self.wiring.forth, Sigma, self.before, dim)
+        return Spread(Sigma)
