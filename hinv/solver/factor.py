@@ -24,7 +24,7 @@ from torch import Tensor
 from hinv.errors import AccuracyWarning, SingularShiftError
 from hinv.html import table
 from hinv.modes import threads
-from hinv.shapes import Float
+from hinv.shapes import Float, Inexact
 from hinv.vectors import normal, seeded
 
 from .memory import Holes
@@ -50,8 +50,13 @@ class Factor:
     digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
     """
 
-    def __init__(self, structure: Structure, damping: float, product: Callable[[Tensor], Tensor], scarce: bool = False):
-        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`)."""
+    def __init__(
+        self, structure: Structure, damping: complex, product: Callable[[Tensor], Tensor], scarce: bool = False
+    ):
+        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`).
+
+        A damping off the real axis, with a complex structure, is `resolvent`'s.
+        """
         stages, V = structure
         self.damping, self.product = damping, product
         self.pivots: list[Eliminated] = []
@@ -63,7 +68,7 @@ class Factor:
         self.like = stages[0][0].inputs[:0]
         self.dtype, self.device = self.like.dtype, self.like.device
 
-    def _eliminate(self, structure: Structure, damping: float, holes: Holes) -> None:
+    def _eliminate(self, structure: Structure, damping: complex, holes: Holes) -> None:
         stages, V = structure
         V = None if V is None else V.clone()
         definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
@@ -159,7 +164,7 @@ class Factor:
         with threads(self.largest):
             return self._sweeps(b.reshape(len(b), -1).to(self.dtype)).reshape(b.shape).to(b.dtype)
 
-    def _sweeps(self, b: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+    def _sweeps(self, b: Inexact[Tensor, "P k"]) -> Inexact[Tensor, "P k"]:
         r, kept = None, []
         pieces = b.split(self.sizes)
         if not isinstance(self.pivots[0], HeadPivot):

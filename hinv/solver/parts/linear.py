@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Array, Float
+from hinv.shapes import Array
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from ..symmetric import SMALL, Small
 from .part import Eliminated, Kept, Part, Pivot
@@ -155,7 +156,7 @@ class Linear(Part):
         P.diagonal().add_(1.0)
         return P
 
-    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
         if self.outer is not None:
             V.add_(self.outer, alpha=factor)
@@ -173,7 +174,7 @@ class SmallLinear(Linear):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.numpy())
 
-    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: complex, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         assert V is not None  # the last stage under such a loss is a Head
         V, n, k = V.numpy(), self.m * self.a_out, self.batch * self.fan_in
         JV = self.J_T(V)
@@ -188,7 +189,7 @@ class SmallLinear(Linear):
         S = Small(S, try_cholesky)
         return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
 
-    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
         if self.outer is not None:
             V += factor * self.outer
 
