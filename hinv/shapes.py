@@ -13,20 +13,20 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Inexact, Int
+    from jaxtyping import Bool, Complex, Float, Inexact, Int
 
     Array = Any
 else:
     try:
-        from jaxtyping import Bool, Float, Inexact, Int
+        from jaxtyping import Bool, Complex, Float, Inexact, Int
     except ImportError:
 
         class Plain:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 return item[0]
 
-        Bool = Float = Inexact = Int = Plain
+        Bool = Complex = Float = Inexact = Int = Plain
     Array = Tensor | np.ndarray  # small stages are eliminated by NumPy: all of a call are the one or the other
 
 
-__all__ = ["Array", "Bool", "Float", "Inexact", "Int"]
+__all__ = ["Array", "Bool", "Complex", "Float", "Inexact", "Int"]

@@ -48,6 +48,8 @@ class Resolvent:
         """(H - z I)^-1 b for b (P,) or (P, k), complex128: one sweep back and one forth, without refinement."""
         check_right_hand_side(b.real, sum(self.factor.sizes))
         b = b.to(torch.complex128)
+        if not b.numel():
+            return b
         with threads(self.factor.largest):
             return self.factor._sweeps(b.reshape(len(b), -1)).reshape(b.shape)
 
