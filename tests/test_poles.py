@@ -7,11 +7,10 @@ from conftest import NAMES, build, reference_hessian, relative
 from torch import nn
 
 import hinv
-from hinv import AccuracyWarning, Hessian
+from hinv import AccuracyWarning, Hessian, optim
 from hinv.solver import symmetric
 from hinv.solver.resolvent import Resolvent
-from hinv.spectrum import Absolute, poles
-from hinv.spectrum.absolute import norm_bound
+from hinv.spectrum import Absolute, norm_bound, poles
 
 
 def decomposed(name):
@@ -141,8 +140,7 @@ def test_smoothed_count(name):
 def test_the_norm_is_a_bound():
     """Also where Lanczos starts from next to nothing of the largest eigenvector, and for H = 0."""
     H, values, _, _ = decomposed("tanh, cross-entropy")
-    assert values.abs().max() < norm_bound(H, 0.0) < 1.3 * values.abs().max()
-    assert norm_bound(H, 50.0) == 50.0
+    assert values.abs().max() < norm_bound(H) < 1.3 * values.abs().max()
     flat = Hessian(
         nn.Sequential(nn.Linear(3, 2)).double(), lambda out, y: out.mean(), torch.ones(4, 3).double(), torch.zeros(4)
     )
@@ -184,3 +182,47 @@ def test_kept_factorizations_are_the_same():
     H, _, _, b = decomposed("residual blocks")
     A = Absolute(H, 0.1, 1e-3, kept=True)
     assert torch.equal(A.solve(b)[0], H.absolute_solve(b, 0.1)) and A.solve(b)[1] == H.last_poles
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+def position(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize(
+    "name", ["tanh, cross-entropy", "frozen bias, in-place relu", "convolution", "skip connections"]
+)
+def test_the_step_by_poles_is_the_dense_one(name):
+    model, loss, x, y = build(name)
+    live = [p for p in model.parameters() if p.requires_grad]
+    H, before = Hessian(model, loss, x, y), torch.nn.utils.parameters_to_vector(live).detach().clone()
+    values, vectors = torch.linalg.eigh(reference_hessian(model, loss, x, y))
+    d = vectors @ ((vectors.T @ H.gradient) / (values.abs() + 0.3))
+    report = optim.SaddleFreeNewton(model, loss, damping=0.3, method="poles", accept=False).step(x, y)
+    step = before - torch.nn.utils.parameters_to_vector(live).detach()
+    assert relative(step, d) <= report.error <= 1e-3
+    assert report.factorizations >= 4 and report.inertia is None and report.note == ""
+
+
+def test_factorizations_serve_the_steps_in_between():
+    model, loss, x, y = build("tanh, cross-entropy")
+    descent = optim.SaddleFreeNewton(model, loss, damping=0.3, method="poles", every=2, accept=False, adapt=1.0)
+    values, vectors = torch.linalg.eigh(reference_hessian(model, loss, x, y))
+    first = descent.step(x, y)
+    before, g = position(model), Hessian(model, loss, x, y).gradient
+    second = descent.step(x, y)
+    d = vectors @ ((vectors.T @ g) / (values.abs() + 0.3))
+    assert relative(before - position(model), d) <= second.error <= 1e-3
+    assert first.factorizations >= 4 and second.factorizations == 0
+
+
+def test_a_damping_without_poles_is_raised_and_said():
+    model, loss, x, y = build("tanh, cross-entropy")
+    descent = optim.SaddleFreeNewton(model, loss, damping=1e-9, method="poles")
+    report = descent.step(x, y)
+    assert report.damping == pytest.approx(1e-6 * norm_bound(descent._curvature))
+    assert report.error < 1e-3 and "poles" in descent.estimate(descent._curvature)
+    with pytest.raises(ValueError, match="unknown method 'exact': use 'lanczos' or 'poles'"):
+        optim.SaddleFreeNewton(model, loss, method="exact")

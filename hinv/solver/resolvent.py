@@ -10,6 +10,7 @@ the ambiguity of a logarithm, from the pivots alone.
 
 import cmath
 import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -34,10 +35,7 @@ class Resolvent:
         if not z.imag > 0:
             raise ValueError(f"the shift must lie above the real axis, not at {z:g}: use factor for a real one")
         need = H._estimate(torch.float64)
-        need = type(need)(
-            need.parameters, need.batch, "factor", need.flops, {"factor": 2 * need.bytes["factor"]}, need.overhead
-        )
-        scarce = require(need, "factor", H.device)
+        scarce = require(replace(need, bytes={"factor": 2 * need.bytes["factor"]}), "factor", H.device)
         self.z, self.factor = z, Factor(complexified(H), -z, H.__matmul__, scarce)
 
     def __repr__(self) -> str:

@@ -221,11 +221,13 @@ class Phased(Symmetric):
 
 
 class ComplexLDL(LDL, Phased):
-    """P S P^T = L D L^T, the transpose and not the adjoint, by SciPy's LAPACK: half of the time of torch's."""
+    """P S P^T = L D L^T, the transpose and not the adjoint."""
 
     def __init__(self, S: Float[Tensor, "n n"]):
-        packed, pivots, _ = lapack.zsytrf(S.cpu().numpy().T, lower=1, lwork=64 * max(1, len(S)), overwrite_a=1)
-        d = self._set(packed, pivots, S.device)
+        # torch's, as in LDL: SciPy's takes half of the time alone, and a thousand times as long where its threads wait for a busy core, from 64 rows on
+        packed, pivots = in_place(S.cpu())
+        pivots = pivots.numpy()
+        d = self._set(packed.numpy(), pivots, S.device)
         angle = np.angle(d)
         second = pivots < 0  # of a 2 x 2 pivot d has its determinant, whose argument lies between -2 pi and 0, and 1
         self.phase = float(np.where(second, np.where(angle > 0, angle - 2 * np.pi, angle), -np.abs(angle)).sum())

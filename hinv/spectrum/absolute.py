@@ -22,6 +22,7 @@ from hinv.vectors import normal, seeded
 from . import poles
 from .counts import count_below
 
+LEAST = poles.RATIOS[-1]  # of |H|: the smallest damping there are poles for
 REFINEMENTS = 3
 SHARE = 0.98  # of rtol that is for the poles, a hundredth for the solves
 LANCZOS = 20  # products for an estimate of |H|, before it is proved
@@ -39,16 +40,19 @@ class PoleReport:
     residual: float
 
 
-def norm_bound(H: Matrix, least: float) -> float:
-    """A number from `least` on that |H| is below, usually by a tenth: from Lanczos, proved by counts (all eigenvalues below it, none below its negative).
+def norm_bound(H: Matrix) -> float:
+    """A number that |H| is below, usually by a twentieth: from Lanczos, proved by counts (all eigenvalues below it, none below its negative). Kept.
 
     Raises:
         SingularShiftError: no count could be made.
     """
-    bound, problem = max(1.05 * _lanczos(H), least), None
+    if H.bounded is not None:
+        return H.bounded
+    bound, problem = 1.05 * _lanczos(H) or 1.0, None
     for _ in range(20):
         try:
             if count_below(H, bound) == H.shape[0] and count_below(H, -bound) == 0:
+                H.bounded = bound
                 return bound
         except SingularShiftError as error:
             problem = error
@@ -87,10 +91,10 @@ class Absolute:
             raise ValueError(f"the damping must be a positive number, not {damping}")
         _check_rtol(rtol)
         self.H, self.damping, self.rtol = H.double(), damping, rtol
-        self.norm = norm_bound(self.H, damping)
-        if damping < poles.RATIOS[-1] * self.norm:
+        self.norm = max(norm_bound(self.H), damping)
+        if damping < LEAST * self.norm:
             raise ValueError(
-                f"the damping {damping:g} is less than {poles.RATIOS[-1]:g} of |H|, which is about {self.norm:.3g}: there are no poles for that; use more"
+                f"the damping {damping:g} is less than {LEAST:g} of |H|, which is about {self.norm:.3g}: there are no poles for that; use more"
             )
         self.poles = poles.chosen(damping / self.norm, SHARE * rtol)
         self.scale = damping / self.poles.ratio  # at least the norm
@@ -123,7 +127,7 @@ def sign(H: Matrix, b: Float[Tensor, "P *k"], gap: float, rtol: float) -> tuple[
     _check_rtol(rtol)
     if not 0 < gap < math.inf:
         raise ValueError(f"the gap must be a positive number, not {gap}")
-    norm = norm_bound(H, 2.0 * gap)
+    norm = max(norm_bound(H), 2.0 * gap)
     p = poles.zolotarev(gap / norm, SHARE * rtol)
     x, lost, worst = torch.zeros_like(b), 0.0, 0.0
     for tau, c in zip(p.tau.tolist(), p.c.tolist(), strict=True):
