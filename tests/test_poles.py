@@ -10,7 +10,8 @@ import hinv
 from hinv import AccuracyWarning, Hessian, optim
 from hinv.solver import symmetric
 from hinv.solver.resolvent import Resolvent
-from hinv.spectrum import Absolute, norm_bound, poles
+from hinv.spectrum import Absolute, poles
+from hinv.spectrum.absolute import norm_bound
 
 
 def decomposed(name):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hinv import spectrum
 from hinv.curvature import Curvature, Hessian
 from hinv.errors import SingularShiftError
 from hinv.network import losses
 from hinv.shapes import Float
 from hinv.solver.memory import require
+from hinv.spectrum.absolute import Absolute, norm_bound
 
 from .descent import Direction
 from .preconditioned import Preconditioned
@@ -80,8 +80,8 @@ class SaddleFreeNewton(Preconditioned):
         g = H.gradient
         if self.method == "poles":
             H = H.double()
-            self._used = max(self._used, spectrum.LEAST * spectrum.norm_bound(H))
-            self._absolute = spectrum.Absolute(H, self._used, RTOL, kept=self.every > 1)
+            self._used = max(self._used, Absolute.least * norm_bound(H))
+            self._absolute = Absolute(H, self._used, RTOL, kept=self.every > 1)
             return
         if self.pairs is None:
             require(H.estimate(), "dense", H.device)

@@ -9,6 +9,7 @@ A vector's way is down this list:
 
 and beside it
 
+`resolvent`  the elimination at a complex shift: no pivot is zero, and log det has its argument
 `dual`       the Gauss-Newton matrix of few outputs, by one Cholesky of their size
 `sparse`     SuperLU on K, which pivots across stages
 `krylov`     what one would do without the structure: dense LU, CG, MINRES

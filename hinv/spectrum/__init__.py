@@ -13,14 +13,13 @@ eigenvalues below s. Two counts that differ by k prove that k eigenvalues lie be
 Functions take an `hinv.Hessian` or `hinv.GGN`, whose methods of the same names are the usual way in. Knows `hinv.solver` and `hinv.network`.
 """
 
-from .absolute import LEAST, Absolute, PoleReport, norm_bound, sign, smoothed_count
+from .absolute import Absolute, PoleReport, sign, smoothed_count
 from .counts import count_below, counts, eigval
 from .dataset import DataHessian, TraceEstimate
 from .diagonal import Block, block, blocks, by_stage, diagonal
 from .eigenpairs import Eigenpairs, find
 
 __all__ = [
-    "LEAST",
     "Absolute",
     "Block",
     "DataHessian",
@@ -35,7 +34,6 @@ __all__ = [
     "diagonal",
     "eigval",
     "find",
-    "norm_bound",
     "sign",
     "smoothed_count",
 ]

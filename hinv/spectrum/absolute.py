@@ -22,7 +22,6 @@ from hinv.vectors import normal, seeded
 from . import poles
 from .counts import count_below
 
-LEAST = poles.RATIOS[-1]  # of |H|: the smallest damping there are poles for
 REFINEMENTS = 3
 SHARE = 0.98  # of rtol that is for the poles, a hundredth for the solves
 LANCZOS = 20  # products for an estimate of |H|, before it is proved
@@ -86,15 +85,17 @@ class Absolute:
     damping > 0; see `hinv.Hessian.absolute_solve`.
     """
 
+    least = poles.RATIOS[-1]  # of |H|: the smallest damping there are poles for
+
     def __init__(self, H: Matrix, damping: float, rtol: float, kept: bool = False):
         if not 0 < damping < math.inf:
             raise ValueError(f"the damping must be a positive number, not {damping}")
         _check_rtol(rtol)
         self.H, self.damping, self.rtol = H.double(), damping, rtol
         self.norm = max(norm_bound(self.H), damping)
-        if damping < LEAST * self.norm:
+        if damping < self.least * self.norm:
             raise ValueError(
-                f"the damping {damping:g} is less than {LEAST:g} of |H|, which is about {self.norm:.3g}: there are no poles for that; use more"
+                f"the damping {damping:g} is less than {self.least:g} of |H|, which is about {self.norm:.3g}: there are no poles for that; use more"
             )
         self.poles = poles.chosen(damping / self.norm, SHARE * rtol)
         self.scale = damping / self.poles.ratio  # at least the norm
