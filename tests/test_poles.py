@@ -11,6 +11,7 @@ from hinv import AccuracyWarning, Hessian, optim
 from hinv.solver import symmetric
 from hinv.solver.resolvent import Resolvent
 from hinv.spectrum import Absolute, poles
+from hinv.spectrum import absolute as module
 from hinv.spectrum.absolute import norm_bound
 
 
@@ -177,6 +178,19 @@ def test_what_is_refused_and_what_is_warned_of(unenforced):
         H.absolute_solve(b[1:], 0.1)
     with pytest.warns(AccuracyWarning, match="20 poles"):
         H.absolute_solve(b, 1e-5, 1e-10)
+
+
+def test_single_precision_is_given_up_where_it_does_not_serve(monkeypatch):
+    """Down to the smallest shift it is tried first; refinement or double precision gives the digits."""
+    H, values, vectors, b = decomposed("elu, custom loss")
+    dtypes, norm = [], values.abs().max().item()
+    made = Resolvent.__init__
+    monkeypatch.setattr(Resolvent, "__init__", lambda F, H, z, *t: (dtypes.append(t), made(F, H, z, *t))[1])
+    monkeypatch.setattr(module, "SINGLE", 0.0)
+    x = H.absolute_solve(b, 1e-3 * norm, 1e-4)
+    exact = vectors @ ((vectors.T @ b) / (values.abs() + 1e-3 * norm)[:, None])
+    assert ((x - exact).norm(dim=0) / exact.norm(dim=0)).max() <= H.last_poles.bound <= 1e-4
+    assert dtypes.count((torch.complex64,)) == H.last_poles.poles > dtypes.count(()) > 0
 
 
 def test_kept_factorizations_are_the_same():

@@ -318,7 +318,7 @@ def _unpacked(
 
     d has the determinant and the signs of D: of a 2 x 2 pivot its determinant, always negative, and 1.
     """
-    convert = {"d": lapack.dsyconv, "f": lapack.ssyconv, "D": lapack.zsyconv}[packed.dtype.char]
+    convert = {"d": lapack.dsyconv, "f": lapack.ssyconv, "F": lapack.csyconv, "D": lapack.zsyconv}[packed.dtype.char]
     L, off, _ = convert(packed, pivots, lower=1, overwrite_a=1)
     d, n = L.diagonal().copy(), len(L)
     largest = max(np.abs(d).max(), np.abs(off).max())

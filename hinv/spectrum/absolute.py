@@ -24,6 +24,7 @@ from .counts import count_below
 
 REFINEMENTS = 3
 SHARE = 0.98  # of rtol that is for the poles, a hundredth for the solves
+SINGLE = 3e-3  # of |H|: shifts from which a factorization is tried in single precision
 LANCZOS = 20  # products for an estimate of |H|, before it is proved
 
 
@@ -102,7 +103,7 @@ class Absolute:
         self._kept = list(self._factors()) if kept else None
 
     def _factors(self) -> Iterable[Resolvent]:
-        return (Resolvent(self.H, 1j * tau * self.scale) for tau in self.poles.tau.tolist())
+        return (_resolvent(self.H, tau * self.scale, self.norm) for tau in self.poles.tau.tolist())
 
     @exact()
     def solve(self, b: Float[Tensor, "P *k"]) -> tuple[Float[Tensor, "P *k"], PoleReport]:
@@ -112,7 +113,7 @@ class Absolute:
         # the weights c / tau^2 sum up to 1 / ratio, so this loses a hundredth of rtol
         enough = 0.01 * self.rtol * self.damping / (self.norm + self.damping)
         for F, tau, c in zip(self._kept or self._factors(), p.tau.tolist(), p.c.tolist(), strict=True):
-            y, r = _refined(self.H, F, b, enough)
+            y, r = _solved(self.H, F, b, enough)
             x += c / tau * y.imag
             lost = lost + c / tau**2 / self.scale * r
             worst = max(worst, _share(r, _sizes(b)))
@@ -132,7 +133,7 @@ def sign(H: Matrix, b: Float[Tensor, "P *k"], gap: float, rtol: float) -> tuple[
     p = poles.zolotarev(gap / norm, SHARE * rtol)
     x, lost, worst = torch.zeros_like(b), 0.0, 0.0
     for tau, c in zip(p.tau.tolist(), p.c.tolist(), strict=True):
-        y, r = _refined(H, Resolvent(H, 1j * tau * norm), b, 0.01 * rtol * gap / norm)
+        y, r = _solved(H, _resolvent(H, tau * norm, norm), b, 0.01 * rtol * gap / norm)
         x += c * norm * y.real
         lost = lost + c / tau * r
         worst = max(worst, _share(r, _sizes(b)))
@@ -143,6 +144,21 @@ def smoothed_count(H: Matrix, shift: float, width: float) -> float:
     if not 0 < width < math.inf:
         raise ValueError(f"the width must be a positive number, not {width}: count_below counts sharply")
     return -Resolvent(H.double(), complex(shift, width)).log.imag / math.pi
+
+
+def _resolvent(H: Matrix, t: float, norm: float) -> Resolvent:
+    """H - i t I, in single precision where refinement will give the digits back: errors grow with (norm / t)^2."""
+    return Resolvent(H, 1j * t, torch.complex64 if t > SINGLE * norm else torch.complex128)
+
+
+def _solved(
+    H: Matrix, F: Resolvent, b: Float[Tensor, "P *k"], enough: float
+) -> tuple[Complex[Tensor, "P *k"], Float[Tensor, "*k"]]:
+    """`_refined`, by another factorization in double precision where single does not serve."""
+    y, r = _refined(H, F, b, enough)
+    if F.dtype == torch.complex64 and not _share(r, _sizes(b)) <= enough:
+        y, r = _refined(H, Resolvent(H, F.z), b, enough)
+    return y, r
 
 
 def _refined(
