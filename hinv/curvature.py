@@ -138,7 +138,7 @@ class Curvature(Matrix):
         """sum_i 1/2 + arctan((shift - lambda_i) / width) / pi: eigenvalues below a shift, each spread to a Lorentzian of this half-width.
 
         The difference of two is the integral of the smoothed density of states, Im tr (H - E - i width)^-1 / pi, between them. One complex factorization of
-        H - (shift + i width) I, minus the argument of whose determinant over pi it is: two to three real ones, refused at no shift.
+        H - (shift + i width) I, minus the argument of whose determinant over pi it is: two to four real ones, refused at no shift.
 
         Args:
             shift, width: loss / parameter^2; width > 0.
@@ -225,8 +225,17 @@ class Hessian(Curvature):
         1 / (|lambda| + damping) as a sum of minimax poles, one complex factorization each (`hinv.spectrum.poles`, whose errors a test measures again), on an
         interval that two counts prove to hold all of H. Each pole's solve is refined with independent products.
 
-        Cost: N + 1 factorizations with N poles, complex ones of two to three times the real one's time and twice its memory. N for an error of 1e-3 is
-        5, 6, 8, 10, 12 at damping 1, 0.1, 0.01, 0.001, 1e-4 of |H|; each further digit takes 2 to 4 more.
+        Cost: two factorizations for the bound of H and N complex ones, each of two to four times a real one's time O(L (B a)^3) and twice its memory (those
+        far from the axis in single precision: half of that), 2 k N products or more with H. N for an error of 1e-3 is 8, 10, 12, 16 at damping 0.1, 0.01, 0.001,
+        1e-4 of |H|; each further digit takes 2 to 4 more. One core, gradient, damping 0.01 |H|, error 1e-3, seconds; Lanczos would have to know when to stop:
+
+            network           P      poles   dense   Lanczos, reorthogonalized   plain Lanczos
+            64-8x39-10 B8     3,024  0.4     8       1.9 (350 products)          8 (1,750)
+            64-16x19-10 B16   5,792  1.2     88      7 (750)                     11 (3,000)
+            192-24x7-10 B32   8,304  5.2     -       18 (1,150)                  5.5 (3,750)
+
+        So the deeper and narrower, and the smaller the damping, the better: at 0.001 |H| plain Lanczos has no three digits after 5,000 products on any of them. At
+        0.1 |H| Lanczos takes 150 to 300 products and wins on the widest (0.3 against 6 s). Dense wins below some 1,000 parameters.
 
         Args:
             b: (P,) or (P, k), for example `H.gradient` (loss / parameter).
@@ -241,6 +250,7 @@ class Hessian(Curvature):
 
         Raises:
             ValueError, TypeError: b of another length, dtype or device, NaN in b, damping or rtol out of range. MemoryError: see `factor`.
+            SingularShiftError: no bound of |H| could be proved.
         """
         b = self.checked(b, "the right-hand side")
         x, self.last_poles = spectrum.Absolute(self, checked_damping(damping), rtol).solve(b)
@@ -250,7 +260,7 @@ class Hessian(Curvature):
     def sign(self, b: Float[Tensor, "P *k"], gap: float, rtol: float = 1e-3) -> Float[Tensor, "P *k"]:
         """sign(H) b, where no eigenvalue lies closer to zero than a gap: (b + sign(H) b) / 2 is the projection on positive curvature.
 
-        Zolotarev's optimal poles on gap <= |lambda| <= |H|, one complex factorization each: 4, 6, 8, 9 for an error of 1e-3 at a gap of 0.1, 0.01, 0.001, 1e-4
+        Zolotarev's optimal poles on gap <= |lambda| <= |H|, one complex factorization each: 4, 6, 7, 9 for an error of 1e-3 at a gap of 0.1, 0.01, 0.001, 1e-4
         of |H|. Along eigenvectors between -gap and gap (`counts([-gap, gap])` says how many there are; weights that the batch does not excite are) the
         factor is not 1 but an odd function of lambda between -1 and 1.
 

@@ -28,7 +28,8 @@ class SaddleFreeNewton(Preconditioned):
         pairs: how many eigenpairs of largest magnitude Lanczos finds (ARPACK, to 10 percent); the rest of the gradient is divided by the magnitude of
             the curvature along it. None: all of them, by a dense eigendecomposition, for small networks.
 
-    Cost: some 3 `pairs` products with H a step; with None O(P^3); by poles MEASURED
+    Cost: some 3 `pairs` products with H a step; with None O(P^3); by poles some 8 to 12 complex factorizations,
+    times against the others with `Hessian.absolute_solve`.
     """
 
     kind = Hessian
