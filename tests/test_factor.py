@@ -33,7 +33,8 @@ from hinv import (
 from hinv.network import losses
 from hinv.solver import estimate, factor, matrix, memory, parts, sparse
 from hinv.solver.dual import Dual
-from hinv.solver.symmetric import Cholesky, Small
+from hinv.solver.small import Small
+from hinv.solver.symmetric import Cholesky
 
 DAMPINGS = (1.0, 0.1, 0.01, -0.05, -0.3)
 

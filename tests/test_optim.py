@@ -356,6 +356,7 @@ MAKERS = {
     "TrustRegionNewton": lambda m: optim.TrustRegionNewton(m, LOSS, radius=0.5),
     "TrustRegionNewton, reused": lambda m: optim.TrustRegionNewton(m, LOSS, radius=0.5, every=2),
     "SaddleFreeNewton": lambda m: optim.SaddleFreeNewton(m, LOSS, pairs=8, every=2),
+    "SaddleFreeNewton, poles": lambda m: optim.SaddleFreeNewton(m, LOSS, every=2, method="poles"),
 }
 
 

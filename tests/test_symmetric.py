@@ -5,6 +5,7 @@ from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hinv.solver.small import Small
 from hinv.solver.symmetric import (
     GROWTH,
     LDL,
@@ -12,7 +13,6 @@ from hinv.solver.symmetric import (
     Cholesky,
     Eigen,
     SingularPivotError,
-    Small,
     Unpivoted,
     factored,
     in_place,

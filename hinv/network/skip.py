@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hinv.shapes import Float
+from hinv.shapes import Float, Inexact
 
 
 class Residual(nn.Module):
@@ -82,8 +82,8 @@ def added(first: Any, second: Any) -> Any:
 
 
 def on_segments(
-    wire: Callable[[Sequence[Any]], list[Any]], t: Float[Tensor, "..."], sizes: Sequence[int], dim: int = 0
-) -> Float[Tensor, "..."]:
+    wire: Callable[[Sequence[Any]], list[Any]], t: Inexact[Tensor, "..."], sizes: Sequence[int], dim: int = 0
+) -> Inexact[Tensor, "..."]:
     """`forth` or `back` of a wiring along a dimension of a tensor, in which the segments lie one behind the other."""
     return torch.cat(wire(t.split(list(sizes), dim)), dim)
 

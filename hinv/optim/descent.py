@@ -19,7 +19,7 @@ class StepReport:
 
     `loss` of the batch before, `loss_after` on the same batch; `decrease` predicted by the model, `ratio` rho; `damping` of the factorization used;
     `step_norm` of the step taken (0 if taken back); `inertia` of C + damping I; `factorizations` and `seconds` it took; `note`: why it is not the
-    plain step of its method.
+    plain step of its method; `error`: a bound of the direction's relative error, of a method that has an approximate one (SaddleFreeNewton by poles).
     """
 
     loss: float
@@ -33,6 +33,7 @@ class StepReport:
     factorizations: int = 0
     seconds: float = 0.0
     note: str = ""
+    error: float | None = None
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Direction:
     inertia: tuple[int, int, int] | None = None
     factorizations: int = 0
     note: str = ""
+    error: float | None = None
 
 
 class Descent:

@@ -143,6 +143,7 @@ class Preconditioned(Descent):
             inertia=found.inertia,
             factorizations=found.factorizations,
             note=found.note,
+            error=found.error,
         )
         if self.accept or fresh:
             report = self._judge(report, C, g, s, before, inputs, targets)

@@ -65,7 +65,7 @@ class Dual(Inverse):
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
         owners = [stage for stage in chain.live if stage.parameters]
-        self.names, self.like = [stage.name for stage in owners], gram[:0, 0]
+        self.names, self.like = [stage.name for stage in owners], gram.new_zeros(0)
         self.linear = [_alone(stage) for stage in owners]
         self.sizes = [len(stage.x) for stage in owners]
         self.units = [d.shape[1] for d in deltas]

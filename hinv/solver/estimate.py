@@ -14,7 +14,8 @@ from hinv.network import Chain, losses
 
 from .parts import Convolution, Dense, Diagonal, Linear, SmallLinear, Wired, kind
 from .products import COLUMNS
-from .symmetric import SMALL, STRIPES, WIDE
+from .small import SMALL
+from .symmetric import STRIPES, WIDE
 
 
 @dataclass(frozen=True)

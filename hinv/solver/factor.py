@@ -26,7 +26,7 @@ from torch import Tensor
 from hinv.errors import AccuracyWarning, SingularShiftError
 from hinv.html import table
 from hinv.modes import threads
-from hinv.shapes import Float
+from hinv.shapes import Float, Inexact
 from hinv.vectors import normal, seeded
 
 from .inverse import Inverse
@@ -54,8 +54,13 @@ class Factor(Inverse):
     digits go. So `uncertainty` measures what is left of them before the inertia and determinant of an indefinite matrix are believed.
     """
 
-    def __init__(self, structure: Structure, damping: float, product: Callable[[Tensor], Tensor], scarce: bool = False):
-        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`)."""
+    def __init__(
+        self, structure: Structure, damping: complex, product: Callable[[Tensor], Tensor], scarce: bool = False
+    ):
+        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`).
+
+        A damping off the real axis, with a complex structure, is `resolvent`'s.
+        """
         stages, V = structure
         self.damping, self.product = damping, product
         self.pivots: list[Eliminated] = []
@@ -69,7 +74,7 @@ class Factor(Inverse):
         self.like = stages[0][0].inputs[:0]
         self.dtype, self.device = self.like.dtype, self.like.device
 
-    def _eliminate(self, structure: Structure, damping: float, holes: Holes) -> None:
+    def _eliminate(self, structure: Structure, damping: complex, holes: Holes) -> None:
         stages, V = structure
         V = None if V is None else V.clone()
         definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
@@ -165,7 +170,7 @@ class Factor(Inverse):
         with threads(self.largest):
             return self._sweeps(b.reshape(len(b), -1).to(self.dtype)).reshape(b.shape).to(b.dtype)
 
-    def _sweeps(self, b: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+    def _sweeps(self, b: Inexact[Tensor, "P k"]) -> Inexact[Tensor, "P k"]:
         r, kept = None, []
         pieces = b.split(self.sizes)
         if not isinstance(self.pivots[0], HeadPivot):
@@ -175,7 +180,7 @@ class Factor(Inverse):
             kept.append(h)
         return self._forwards(kept[::-1])
 
-    def _forwards(self, kept: Sequence[Any]) -> Float[Tensor, "P k"]:
+    def _forwards(self, kept: Sequence[Any]) -> Inexact[Tensor, "P k"]:
         """x from what the sweep back left of each stage."""
         y, x = None, []
         for pivot, h in zip(reversed(self.pivots), kept, strict=True):
@@ -237,13 +242,6 @@ class Factor(Inverse):
             pivots = self.pivots[::-1]
             pieces = noise.split([pivot.noises for pivot in pivots])
             return self._forwards([pivot.color(piece) for pivot, piece in zip(pivots, pieces, strict=True)])
-
-    def _require_definite(self) -> None:
-        if negative := sum(pivot.negative for pivot in self.pivots):
-            raise ValueError(
-                f"H + ({self.damping:g}) I has {negative} negative eigenvalues, so its inverse is no covariance: use more damping than minus the smallest "
-                "eigenvalue of H (H.eigval(0)), or hinv.GGN"
-            )
 
 
 def spaced(n: int, count: int) -> list[int]:

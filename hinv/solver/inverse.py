@@ -6,6 +6,7 @@ approximation; everything here is defined without that. `Factor` takes selected 
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,15 @@ from hinv.vectors import normal
 class Inverse:
     """What `Factor` and `Dual` share: four parts of (H + damping I)^-1 and samples."""
 
-    damping: float
+    damping: Any  # a float; of a `Factor` at a complex shift a complex number
     names: list[str]  # of the stages with parameters
     like: Tensor  # empty, of the dtype and device of the arithmetic
     inverse_error: float  # estimate of the relative error of the diagonal
+
+    @property
+    def inertia(self) -> tuple[int, int, int]:
+        """(positive, negative, zero) eigenvalues of H + damping I."""
+        raise NotImplementedError
 
     def inverse_diagonal(self) -> Float[Tensor, " P"]:
         """(P,) the diagonal of (H + damping I)^-1 (parameter^2 / loss).
@@ -97,7 +103,11 @@ class Inverse:
         raise NotImplementedError
 
     def _require_definite(self) -> None:
-        """Raises where there are no samples."""
+        if negative := self.inertia[1]:
+            raise ValueError(
+                f"H + ({self.damping:g}) I has {negative} negative eigenvalues, so its inverse is no covariance: use more damping than minus the smallest "
+                "eigenvalue of H (H.eigval(0)), or hinv.GGN"
+            )
 
     def _warn(self) -> None:
         if not self.inverse_error <= torch.finfo(self.like.dtype).eps ** 0.5:

@@ -32,6 +32,7 @@ class Matrix(Products):
         # eigenvalues below a shift, and how uncertain their number is, kept by `hinv.spectrum`
         self.counted: dict[float, int] = {}
         self.uncertain: dict[float, float] = {}
+        self.bounded: float | None = None  # what |H| is proved to be below, kept by `hinv.spectrum`
         self._structures: dict[torch.dtype, Structure] = {}
         self._estimates: dict[torch.dtype, Estimate] = {}
         self._convex: bool | None = None

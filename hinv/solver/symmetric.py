@@ -20,14 +20,14 @@ import torch
 from scipy.linalg import lapack as _lapack
 from torch import Tensor
 
-from hinv.shapes import Array, Float, Int
+from hinv.shapes import Array, Int
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 lapack: Any = _lapack  # its types leave out sytrf's companions
 
 # up to which an elimination without pivoting is taken: it costs one to two digits of an unrefined solve and of the uncertainty at any limit from 1e3 on
 # (refinement gives those of the solve back), and three where the widest network's was let grow by 1e5; below 1e3 a third of the blocks go to the host
 GROWTH = 1e4
-SMALL = 96  # rows up to which NumPy is faster than torch
 STRIPES = 4  # block rows of a symmetric product: 5/8 of the flops of a full one
 WIDE = 320  # rows from which that pays
 
@@ -46,6 +46,8 @@ def factored(S: Float[Tensor, "... n n"], try_cholesky: bool = True) -> "Symmetr
     Raises:
         SingularPivotError: a pivot within rounding of zero, or S not finite.
     """
+    if S.is_complex():
+        return ComplexLDL(S) if S.ndim == 2 and S.numel() else ComplexStack(S)
     if try_cholesky or S.ndim > 2 or not S.numel():
         L, info = torch.linalg.cholesky_ex(S)
         if not info.any() and L.diagonal(dim1=-2, dim2=-1).isfinite().all():
@@ -197,15 +199,21 @@ class LDL(Symmetric):
 
     def __init__(self, S: Float[Tensor, "n n"]):
         packed, pivots = in_place(S.cpu())
-        L, d, inverse, beside, order = _unpacked(packed.numpy(), pivots.numpy())
-        self.negative, self.log_abs_det = int(np.count_nonzero(d < 0)), float(np.log(np.abs(d)).sum())
-        self.L, self.order, self.inverse = (torch.from_numpy(a).to(S.device) for a in (L, order, inverse[:, None]))
+        d = self._set(packed.numpy(), pivots.numpy(), S.device)
+        self.negative = int(np.count_nonzero(d < 0))
+
+    def _set(self, packed: np.ndarray, pivots: np.ndarray, device: torch.device) -> np.ndarray:
+        """The factors from sytrf's packed form; returns d of `unpacked`."""
+        L, d, inverse, beside, order = unpacked(packed, pivots)
+        self.negative, self.log_abs_det = 0, float(np.log(np.abs(d)).sum())
+        self.L, self.order, self.inverse = (torch.from_numpy(a).to(device) for a in (L, order, inverse[:, None]))
         self.rows = None
         if beside is not None:  # row r of D^-1 Z also has beside[r] times its partner
             first = beside.nonzero()[0]
             pairs = ((first, first + 1), (first + 1, first))
-            self.rows, self.partners = (torch.from_numpy(np.concatenate(p)).to(S.device) for p in pairs)
-            self.beside = torch.from_numpy(np.tile(beside[first], 2)[:, None]).to(S.device)
+            self.rows, self.partners = (torch.from_numpy(np.concatenate(p)).to(device) for p in pairs)
+            self.beside = torch.from_numpy(np.tile(beside[first], 2)[:, None]).to(device)
+        return d
 
     def half(self, X: Float[Array, "*stack n k"], overwrite: bool = False) -> Float[Array, "*stack n k"]:
         X = X.index_select(0, self.order)  # a copy, solved in place: fresh memory costs a tenth of the solve
@@ -224,6 +232,42 @@ class LDL(Symmetric):
         return torch.empty_like(Z).index_copy_(0, self.order, Z)
 
 
+class Phased(Symmetric):
+    """S complex symmetric with a negative definite imaginary part, as H - z I has for Im z > 0, and with it every S_l: each pivot has one too, so none is zero.
+
+    `phase` is the sum of the arguments of S's eigenvalues, each between -pi and 0: a continuous function on the convex set of such S, as is the sum over
+    the pivots, and both are - n pi / 2 at - i I. Closed by its limits: rounding may take an imaginary part across zero.
+    """
+
+    phase: float
+
+
+class ComplexLDL(LDL, Phased):
+    """P S P^T = L D L^T, the transpose and not the adjoint."""
+
+    def __init__(self, S: Float[Tensor, "n n"]):
+        # torch's, as in LDL: SciPy's takes half of the time alone, and a thousand times as long where its threads wait for a busy core, from 64 rows on
+        packed, pivots = in_place(S.cpu())
+        pivots = pivots.numpy()
+        d = self._set(packed.numpy(), pivots, S.device)
+        angle = np.angle(d)
+        second = pivots < 0  # of a 2 x 2 pivot d has its determinant, whose argument lies between -2 pi and 0, and 1
+        self.phase = float(np.where(second, np.where(angle > 0, angle - 2 * np.pi, angle), -np.abs(angle)).sum())
+
+
+class ComplexStack(Eigen, Phased):
+    """A stack of real symmetric matrices, all shifted by one multiple of i: eigenvectors are the real matrices'."""
+
+    def __init__(self, S: Float[Tensor, "... n n"]):
+        if not S.isfinite().all():
+            raise SingularPivotError(NOT_FINITE)
+        values, vectors = torch.linalg.eigh(S.real)
+        values, self.L = torch.complex(values, S.imag.diagonal(dim1=-2, dim2=-1)), vectors.to(S.dtype)
+        self.negative, self.log_abs_det = 0, values.abs().log().sum().item()
+        self.phase = -values.angle().abs().sum().item()
+        self.inverse = values.reciprocal().unsqueeze(-1)
+
+
 def in_place(S: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Int[Tensor, " n"]]:
     """ldl_factor_ex's packed factor and pivots in the memory of S. LAPACK wants columns, and S^T is S by columns; torch copies where input and output are not
     the same tensor, by strides, which takes up to half as long as the arithmetic."""
@@ -232,85 +276,15 @@ def in_place(S: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Int[Tensor,
     return columns, pivots
 
 
-class Small(Symmetric):
-    """Cholesky or LDL^T of and with NumPy arrays, as NumPy's and SciPy's calls cost a third of torch's.
-
-    Triangular solves are torch's: SciPy's start threads that wait for the others.
-    """
-
-    def __init__(self, S: Float[np.ndarray, "n n"], try_cholesky: bool):
-        n, letter = len(S), "d" if S.dtype == np.float64 else "s"
-        if try_cholesky:
-            L, info = getattr(lapack, letter + "potrf")(S.T, lower=1, clean=0)
-            if info == 0 and np.isfinite(L.diagonal()).all():
-                self.L, self.d = torch.from_numpy(L), L.diagonal() ** 2
-                self.negative, self.inverse, self.unit = 0, None, False
-                return
-        packed, pivots, _ = getattr(lapack, letter + "sytrf")(S.T, lower=1, lwork=64 * n, overwrite_a=1)
-        L, self.d, inverse, beside, self.order = _unpacked(packed, pivots)
-        self.L, self.unit, self.negative = torch.from_numpy(L), True, int(np.count_nonzero(self.d < 0))
-        self.inverse, self.beside = inverse[:, None], None if beside is None else beside[:-1, None]
-
-    @cached_property
-    def log_abs_det(self) -> float:
-        return float(np.log(np.abs(self.d)).sum())
-
-    def half(self, X: Float[Array, "n k"], overwrite: bool = False) -> Float[Array, "n k"]:
-        X = torch.from_numpy(X.copy("C") if self.inverse is None else X.take(self.order, 0))
-        return torch.linalg.solve_triangular(self.L, X, upper=False, unitriangular=self.unit, out=X).numpy()
-
-    def over_D(self, Z: Float[Array, "n k"], out: Float[Array, "n k"] | None = None) -> Float[Array, "n k"]:
-        if self.inverse is None:
-            return Z
-        if self.beside is None:
-            return Z * self.inverse
-        out, n = Z * self.inverse, len(Z)
-        if Z.shape[1] < n // 4:
-            out[:-1] += self.beside * Z[1:]
-            out[1:] += self.beside * Z[:-1]
-            return out
-        D_inverse = np.zeros((n, n), Z.dtype)  # tridiagonal: a product with all of it is faster than four strided ones
-        for offset, values in ((0, self.inverse), (1, self.beside), (n, self.beside)):
-            D_inverse.reshape(-1)[offset :: n + 1] = values[:, 0]
-        return D_inverse @ Z
-
-    def couple(self, N: Float[Array, "n k"], V: Float[Array, "k k"]) -> Float[Array, "n k"]:
-        X = self.half(N)
-        Y = self.over_D(X)
-        V -= X.T @ Y
-        return Y
-
-    def back(self, Z: Float[Array, "n k"]) -> Float[Array, "n k"]:
-        Z = torch.linalg.solve_triangular(self.L.T, torch.from_numpy(Z), upper=True, unitriangular=self.unit).numpy()
-        if self.inverse is None:
-            return Z
-        x = np.empty(Z.shape, Z.dtype)
-        x[self.order] = Z
-        return x
-
-    def spread(
-        self, Y: Float[Array, "n k"], Sigma: Float[Array, "k k"]
-    ) -> tuple[Float[Array, "n n"], Float[Array, "n k"]]:
-        YSigma = Y @ Sigma
-        return self.back(self.back(self.over_D(self.eye()) + YSigma @ Y.T).T), -self.back(YSigma)
-
-    def eye(self) -> Float[Array, "n n"]:
-        return np.eye(len(self.d), dtype=self.d.dtype)
-
-    def color(self, noise: Float[Array, "n k"]) -> Float[Array, "n k"]:
-        return noise if self.inverse is None else noise * self.inverse**0.5
-
-
-def _unpacked(
+def unpacked(
     packed: Float[np.ndarray, "n n"], pivots: Int[np.ndarray, " n"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """From sytrf's packed form (overwritten): L, d, the diagonal of D^-1, what lies beside it (None without 2 x 2 pivots), the row order.
 
     d has the determinant and the signs of D: of a 2 x 2 pivot its determinant, always negative, and 1.
     """
-    L, off, _ = (lapack.dsyconv if packed.dtype == np.float64 else lapack.ssyconv)(
-        packed, pivots, lower=1, overwrite_a=1
-    )
+    convert = {"d": lapack.dsyconv, "f": lapack.ssyconv, "F": lapack.csyconv, "D": lapack.zsyconv}[packed.dtype.char]
+    L, off, _ = convert(packed, pivots, lower=1, overwrite_a=1)
     d, n = L.diagonal().copy(), len(L)
     largest = max(np.abs(d).max(), np.abs(off).max())
     target = np.abs(pivots) - 1  # LAPACK counts from one and marks 2 x 2 pivots by a sign
@@ -329,7 +303,8 @@ def _unpacked(
             inverse[first], inverse[second] = b / det, a / det
     if not largest < np.inf:
         raise SingularPivotError(NOT_FINITE)
-    if not (largest and np.abs(inverse).max() * largest * 4 * n * EPS[d.dtype] < 1.0):
+    complex_shift = np.iscomplexobj(packed)  # no pivot is zero then, however far apart they are
+    if not (complex_shift or (largest and np.abs(inverse).max() * largest * 4 * n * EPS[d.dtype] < 1.0)):
         raise SingularPivotError(ZERO)
     order = lapack.dlaswp(np.arange(n, dtype=float)[:, None], target)[:, 0].astype(np.int64)
     return L, d, inverse, beside, order

@@ -6,20 +6,25 @@ eigenvalues below s. Two counts that differ by k prove that k eigenvalues lie be
 `counts`      how many eigenvalues lie below a shift, in the bins of a histogram; any one by bisection
 `eigenpairs`  those at the ends or next to a shift, certified by counts
 `diagonal`    exact trace, diagonal and blocks, in O(L)
+`absolute`    (|H| + eps I)^-1 b, sign(H) b and smoothed counts, by factorizations at complex shifts
+`poles`       which shifts: rational functions with their errors
 `dataset`     a whole data set: products summed over a loader, estimates of trace and density
 
 Functions take an `hinv.Hessian` or `hinv.GGN`, whose methods of the same names are the usual way in. Knows `hinv.solver` and `hinv.network`.
 """
 
+from .absolute import Absolute, PoleReport, sign, smoothed_count
 from .counts import count_below, counts, eigval
 from .dataset import DataHessian, TraceEstimate
 from .diagonal import Block, block, blocks, by_stage, diagonal
 from .eigenpairs import Eigenpairs, find
 
 __all__ = [
+    "Absolute",
     "Block",
     "DataHessian",
     "Eigenpairs",
+    "PoleReport",
     "TraceEstimate",
     "block",
     "blocks",
@@ -29,4 +34,6 @@ __all__ = [
     "diagonal",
     "eigval",
     "find",
+    "sign",
+    "smoothed_count",
 ]

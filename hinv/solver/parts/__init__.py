@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hinv.network import Chain, Stage, losses
 from hinv.network.stages import RESHAPES
 
-from ..symmetric import SMALL
+from ..small import SMALL
 from .convolution import Convolution, padding
 from .dense import Dense
 from .diagonal import Diagonal

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional, grad
 
 from hinv.network import Stage
-from hinv.shapes import Float
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from .linear import Linear
 
@@ -59,6 +59,9 @@ class Convolution(Linear):
         self, images: Float[Tensor, "N c_out h w"], kernels: Float[Tensor, "c_out c_in kh kw"]
     ) -> Float[Tensor, "N c_in height width"]:
         """The transpose of the convolution with these kernels, on (N, channels out, height, width)."""
+        if images.is_complex():  # torch has this for real images only, and the kernels are real
+            two = (self._transposed(images.real, kernels.real), self._transposed(images.imag, kernels.real))
+            return torch.complex(*two)
         shape = (len(images), kernels.shape[1], *self.shape_in[2:])
         return grad.conv2d_input(shape, kernels, images, **self.options)
 

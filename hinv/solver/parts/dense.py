@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage, derivatives
-from hinv.shapes import Float
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from .part import Part
 

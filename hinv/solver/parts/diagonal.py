@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Float
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from .part import Eliminated
 from .spread import Spread
@@ -21,7 +21,7 @@ class Diagonal(Eliminated):
         self.bend = None if gauss_newton else stage.bend.flatten()
 
     def eliminate(
-        self, V: Float[Tensor, "k k"] | None, damping: float, try_cholesky: bool
+        self, V: Float[Tensor, "k k"] | None, damping: complex, try_cholesky: bool
     ) -> tuple[Eliminated, Float[Tensor, "k k"]]:
         assert V is not None  # only a Head knows V by itself
         c = self.carry

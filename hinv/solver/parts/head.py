@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Float
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from ..symmetric import Symmetric, factored
 from .linear import Linear, each
@@ -35,7 +35,7 @@ class Head(Linear):
             if u is not None:
                 self.M -= u.unsqueeze(2) * (u @ self.W).unsqueeze(1)
 
-    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: complex, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         R, w, e, m = self.R, self.w, self.e, self.m
         T = (R * w.T.unsqueeze(1)) @ R.T  # (C, m, m)
         T.diagonal(dim1=1, dim2=2).add_(damping)
@@ -81,11 +81,11 @@ class HeadPivot(Eliminated):
     K: Symmetric | None
     U: Float[Tensor, "C m B"] | None  # the half of it that T.half is
     Y: Float[Tensor, "B k"] | None  # what K couples: K.back(Y) = K^-1 U^T T^-1 N
-    damping: float
+    damping: complex
 
     @property
     def negative(self) -> int:
-        return self.T.negative + (self.K.negative if self.K else 0) + self.part.perp * (self.damping < 0)
+        return self.T.negative + (self.K.negative if self.K else 0) + self.part.perp * (self.damping.real < 0)
 
     @property
     def log_abs_det(self) -> float:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Array, Float
+from hinv.shapes import Array
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
-from ..symmetric import SMALL, Small
+from ..small import SMALL, Small
 from .part import Eliminated, Kept, Part, Pivot
 from .spread import Joint, SmallJoint
 
@@ -190,7 +191,7 @@ class Linear(Part):
         C: Float[Array, "units m m"],
         E: Float[Array, "units m a_in"] | None,
         T: Float[Array, "units a_in a_in"] | None,
-        damping: float,
+        damping: complex,
     ) -> Float[Array, "units d"]:
         """Variances from C of x_o, E = sum_n e_no X_on and T = sum_nn' e_no e_n'o Sigma_nn'.
 
@@ -211,7 +212,7 @@ class Linear(Part):
         P.reshape(-1)[: a_in * a_in : a_in + 1] += 1.0
         return P
 
-    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
         if self.outer is not None:
             V.add_(self.outer, alpha=factor)
@@ -229,7 +230,7 @@ class SmallLinear(Linear):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.numpy())
 
-    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: complex, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         assert V is not None  # the last stage under such a loss is a Head
         V, n, k = V.numpy(), self.m * self.a_out, self.batch * self.fan_in
         JV = self.J_T(V)
@@ -244,7 +245,7 @@ class SmallLinear(Linear):
         S = Small(S, try_cholesky)
         return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
 
-    def add_perp(self, V: Float[Array, "k k"], factor: float) -> None:
+    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
         if self.outer is not None:
             V += factor * self.outer
 

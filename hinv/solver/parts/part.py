@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hinv.shapes import Array, Float
+from hinv.shapes import Array
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from ..symmetric import SingularPivotError, Symmetric, factored
 from .spread import Joint, Spread
@@ -57,7 +58,7 @@ class Part:
     perp = 0  # how many of them the batch does not excite
     carry = 0  # rows of V, the first ones, of what passes the stage by inside a residual block: there A is the identity
 
-    def eliminate(self, V: Tensor | None, damping: float, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
+    def eliminate(self, V: Tensor | None, damping: complex, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         assert V is not None  # the last stage under a loss that leaves V to it is a Head
         state, c = V, self.carry
         S, N, V = self.blocks(state[c:, c:])
@@ -82,7 +83,7 @@ class Part:
         full[c:, :c], full[:c, c:], full[c:, c:] = AV, AV.mT, V
         return torch.cat([JV, N], 1), full
 
-    def eliminate_perp(self, V: Array | None, damping: float) -> None:
+    def eliminate_perp(self, V: Array | None, damping: complex) -> None:
         if not self.perp:
             return
         if damping == 0:
@@ -104,7 +105,7 @@ class Part:
         """J x + A y."""
         raise NotImplementedError
 
-    def add_perp(self, V: Array, factor: float) -> None:
+    def add_perp(self, V: Array, factor: complex) -> None:
         """V += factor F_rest^T F_rest."""
         raise NotImplementedError
 
@@ -133,11 +134,11 @@ class Pivot(Eliminated):
     part: Part
     S: Symmetric
     Y: Array | None
-    damping: float
+    damping: complex
 
     @property
     def negative(self) -> int:
-        return self.S.negative + self.part.perp * (self.damping < 0)
+        return self.S.negative + self.part.perp * (self.damping.real < 0)
 
     @property
     def log_abs_det(self) -> float:

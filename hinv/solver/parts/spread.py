@@ -88,7 +88,7 @@ class SmallJoint(Joint):
 
 def block(
     part: "Part",
-    damping: float,
+    damping: complex,
     C: Float[Array, "n n"],
     X: Float[Array, "n columns"] | None,
     Sigma: Float[Array, "columns columns"] | None,

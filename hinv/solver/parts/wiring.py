@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hinv.network import Stage
 from hinv.network.skip import on_segments
-from hinv.shapes import Float
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 from .part import Eliminated
 from .spread import Spread
@@ -21,7 +21,7 @@ class Wired(Eliminated):
         self.behind = self.wiring.sizes(self.before)
 
     def eliminate(
-        self, V: Float[Tensor, "rows rows"] | None, damping: float, try_cholesky: bool
+        self, V: Float[Tensor, "rows rows"] | None, damping: complex, try_cholesky: bool
     ) -> tuple[Eliminated, Float[Tensor, "columns columns"]]:
         assert V is not None  # only a Head knows V by itself
         for dim in (0, 1):
