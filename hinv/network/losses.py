@@ -133,6 +133,8 @@ def root(loss: Loss, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[
     scale = w.sqrt()
     if u is None:
         return scale.diag_embed()
+    if u.shape[1] == 1:  # one class: no curvature, and one column that says so, as above
+        return torch.zeros_like(u).unsqueeze(2)
     a = torch.where(w > 0, u / scale, 0.0)
     top = a.argmax(1, keepdim=True)
     v = a.scatter_add(1, top, torch.ones_like(a[:, :1]))
