@@ -6,6 +6,7 @@
     H.counts(edges), H.eigsh(k)              exact spectra, certified
     hinv.influence(H, x, y, damping)         of each training sample on the loss of others; hinv.leave_one_out
     hinv.optim, hinv.CurvatureMonitor        steps, and curvature during training
+    hinv.jets                                networks that carry derivatives, for differential equations
     hinv.paper                               every matrix of the paper
 
 The rooms, each above all that it uses: optim and posterior, curvature, spectrum, solver and paper, network. `hinv.companion` is for the notebooks and is not imported here.
@@ -14,7 +15,7 @@ The rooms, each above all that it uses: optim and posterior, curvature, spectrum
 from hinv import optim, paper, spectrum
 from hinv.curvature import GGN, Hessian
 from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, SingularShiftError
-from hinv.network import Residual, SharedLinear, tall_skinny
+from hinv.network import Residual, SharedLinear, jets, tall_skinny
 from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
 from hinv.posterior import influence, leave_one_out
@@ -37,6 +38,7 @@ __all__ = [
     "SingularShiftError",
     "SolveReport",
     "influence",
+    "jets",
     "leave_one_out",
     "optim",
     "paper",

@@ -135,10 +135,10 @@ def signature(thing) -> str:
 def public() -> list[str]:
     """A line for each public name, and for each public method of a class."""
     lines = []
-    for module in (hinv, hinv.optim, hinv.paper, hinv.spectrum):
+    for module in (hinv, hinv.jets, hinv.optim, hinv.paper, hinv.spectrum):
         for name in module.__all__:
             thing = getattr(module, name)
-            full = f"{module.__name__}.{name}"
+            full = f"{module.__name__.replace('hinv.network.', 'hinv.')}.{name}"  # where the public finds it
             if inspect.ismodule(thing):
                 lines.append(full)
             elif inspect.isclass(thing):

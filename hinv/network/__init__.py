@@ -6,9 +6,11 @@
 `blocks`  its first derivatives, and its second ones contracted with b
 `stagewise`  a product with the Hessian by them, no block formed
 `losses`  the loss as the last link: its value, gradient and Hessian in the outputs
+`jets`    networks that carry a function's derivatives along
 `build`   tall, skinny networks whose signal survives the depth
 """
 
+from . import jets
 from .blocks import derivatives
 from .build import tall_skinny
 from .chain import Chain
@@ -16,4 +18,4 @@ from .shared import SharedLinear
 from .skip import Residual
 from .stages import Derivatives, Stage
 
-__all__ = ["Chain", "Derivatives", "Residual", "SharedLinear", "Stage", "derivatives", "tall_skinny"]
+__all__ = ["Chain", "Derivatives", "Residual", "SharedLinear", "Stage", "derivatives", "jets", "tall_skinny"]

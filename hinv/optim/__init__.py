@@ -5,7 +5,7 @@ default SGD(lr=1). So momentum on the preconditioned step is SGD's momentum, and
 
     GradientDescent      d = g                                  the baseline: SGD, momentum, Adam, anything from torch.optim
     DampedNewton         d = (H + eps I)^-1 g                   the paper's
-    GaussNewton          d = (G + eps I)^-1 g                   G the Gauss-Newton matrix; eps by Levenberg and Marquardt
+    GaussNewton          d = (G + eps I)^-1 g                   G the Gauss-Newton matrix; eps by Levenberg and Marquardt, or a line search; SPRING
     TrustRegionNewton    d = argmin of the model in a ball      More and Sorensen (1983) on exact factorizations
     SaddleFreeNewton     d = (|H| + eps I)^-1 g                 Dauphin et al. (2014), on the dense or a Lanczos spectrum
 

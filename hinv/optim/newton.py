@@ -1,12 +1,21 @@
 """(C + eps I)^-1 g, with the Hessian or the Gauss-Newton matrix."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
-from hinv.curvature import GGN, Hessian
+from hinv.curvature import GGN, Curvature, Hessian
 from hinv.network import losses
+from hinv.shapes import Float
+from hinv.solver.dual import Dual
 
+from .descent import Direction, StepReport
 from .preconditioned import Preconditioned
+
+SHORTEST = 2.0**-16  # length of a step that a search tries
 
 
 class DampedNewton(Preconditioned):
@@ -36,7 +45,13 @@ class GaussNewton(DampedNewton):
     """(G + eps I)^-1 g with the exact Gauss-Newton matrix, always downhill; for cross-entropy the exact natural gradient.
 
     On a fixed batch the damping adapts and a step that fails is taken back. On minibatches, where rho sees only the batch that made the step,
-    a fixed damping (adapt=1, accept=False) and a rate below one are better.
+    a fixed damping (adapt=1, accept=False) and a rate below one are better. For least squares that can be met almost exactly, as a differential equation's
+    residuals can, a small fixed damping (adapt=1, 1e-10) with search=True: there the direction is right long before its length is.
+
+    Args:
+        momentum: mu of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190): d minimizes |J d - r|^2 + eps |d - mu d_previous|^2, that is
+            (G + eps I)^-1 (g + eps mu d_previous), d_previous the direction before (forgotten when a step is taken back). Between 0 and 1.
+        search: whether d is halved until the loss of the batch falls, and on as long as it falls further, down to 2^-16; each length costs a forward pass.
     """
 
     kind = GGN
@@ -52,5 +67,58 @@ class GaussNewton(DampedNewton):
         every: int = 1,
         accept: bool = True,
         sample: int | None = None,
+        momentum: float = 0.0,
+        search: bool = False,
     ):
         super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie between 0 and 1 (excluded), not {momentum}")
+        self.momentum, self.search = float(momentum), bool(search)
+        self._previous: Float[Tensor, " P"] | None = None
+
+    def _prior(self) -> Float[Tensor, " P"] | None:
+        """mu d_previous."""
+        return None if self._previous is None else self.momentum * self._previous
+
+    def _direct(self, C: Curvature, /, g: Float[Tensor, " P"]) -> Direction:
+        self._keep(C)
+        F = self._factor
+        # the gradient of the same batch, whose residuals the dual knows
+        d = F.least_squares(self._prior()) if isinstance(F, Dual) and g is C.gradient else None
+        return replace(self._again(g) if d is None else Direction(d.to(g.dtype), F.inertia), factorizations=1)
+
+    def _again(self, g: Float[Tensor, " P"]) -> Direction:
+        prior = self._prior()
+        return super()._again(g if prior is None else g + self._used * prior)
+
+    def _length(self, d: Float[Tensor, " P"], loss: float, inputs: Tensor, targets: Tensor) -> float:
+        if not self.search:
+            return 1.0
+        before, length, best, lowest = self._position(), 1.0, 1.0, loss
+        while length >= SHORTEST:
+            vector_to_parameters(before - length * d, self.parameters)
+            with torch.no_grad():
+                value = float(self.loss(self.model(inputs), targets))
+            if value < lowest:
+                best, lowest = length, value
+            elif lowest < loss:
+                break
+            length /= 2.0
+        vector_to_parameters(before, self.parameters)
+        return best
+
+    def _move(self, d: Float[Tensor, " P"]) -> None:
+        self._previous = d if self.momentum else None
+        super()._move(d)
+
+    def _judge(self, report: StepReport, *rest: Any) -> StepReport:
+        report = super()._judge(report, *rest)
+        self._previous = self._previous if report.accepted else None
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"previous": self._previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._previous = state.get("previous")

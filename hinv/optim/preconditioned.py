@@ -82,7 +82,7 @@ class Preconditioned(Descent):
             MemoryError: it does not fit.
         """
         prediction = C.estimate()
-        prediction = replace(prediction, method="dual" if prediction.method == "dual" else "factor")
+        prediction = replace(prediction, method=prediction.factored)
         require(prediction, prediction.method, C.device)
         return str(prediction)
 
@@ -103,6 +103,10 @@ class Preconditioned(Descent):
         """The damping after a step with this rho."""
         self.damping = max(self.damping / self.adapt, self.floor) if ratio > 0.75 else self.damping
         self.damping = self.damping * self.adapt if not ratio >= 0.25 else self.damping
+
+    def _length(self, d: Float[Tensor, " P"], loss: float, inputs: Tensor, targets: Tensor) -> float:
+        """What a direction is multiplied with before the torch optimizer takes it."""
+        return 1.0
 
     # the step
 
@@ -134,7 +138,8 @@ class Preconditioned(Descent):
             found = Direction(
                 g * ((g @ g).item() / curvature if curvature > 0 else 1.0), note=f"gradient step: {error}"
             )
-        self._move(found.d)
+        length = self._length(found.d, loss, inputs, targets)
+        self._move(found.d if length == 1.0 else length * found.d)
         s = self._position() - before
         report = StepReport(
             loss,

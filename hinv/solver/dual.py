@@ -5,7 +5,7 @@
     log det(GGN + eps I) = (P - BC) log eps + log det Gram                                            (Sylvester's identity)
     tr (GGN + eps I)^-1 = (P - BC) / eps + tr Gram^-1
 
-With fewer parameters than columns the difference cancels, and what is asked of the inverse comes from eps I + D D^T (P x P, the smaller of the two).
+With fewer parameters than columns the difference cancels, and everything comes from eps I + D D^T (P x P, the smaller of the two).
 
 D is never formed for linear stages: its column for output direction c of sample n is the outer product of a backpropagated delta_nc and the stage's
 input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages. Cost O(sum over stages of B C a (a + B C)) and (B C)^3 / 3.
@@ -42,38 +42,55 @@ class Dual(Inverse):
         self.damping, batch = damping, len(chain.inputs)
         root = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
         self.chain, self.batch, self.rank = chain, batch, root.shape[2]
-        size = batch * self.rank
-        gram = root.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
-        stripes = 1 + size // STRIPE
-        cuts = [batch * i // stripes for i in range(stripes + 1)]
+        self.columns = batch * self.rank
         # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
-        self.stages, deltas = [], []
+        self.stages, deltas, kernels = [], [], []
         for stage, kept, delta in backpropagated(chain, root):
             self.stages.insert(0, kept)
-            if not _alone(stage):
-                gram += (kept.T @ kept).view_as(gram)
-                continue
-            deltas.insert(0, delta)
-            rows, kernel = _rows(delta), _kernel(stage)[:, None, :, None]
-            for top, end in itertools.pairwise(cuts):
-                block = gram[top:end, :, :end]
-                outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
-                block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
-        gram = gram.view(size, size)
-        gram.diagonal().add_(damping)
-        self.L, info = torch.linalg.cholesky_ex(gram)
-        if info.item():
-            raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
+            if _alone(stage):
+                deltas.insert(0, delta)
+                kernels.insert(0, _kernel(stage))
         owners = [stage for stage in chain.live if stage.parameters]
-        self.names, self.like = [stage.name for stage in owners], gram.new_zeros(0)
+        self.names, self.like = [stage.name for stage in owners], root.new_zeros(0)
         self.linear = [_alone(stage) for stage in owners]
         self.sizes = [len(stage.x) for stage in owners]
-        self.units = [d.shape[1] for d in deltas]
-        self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
+        self.units, self._kernels = [d.shape[1] for d in deltas], kernels
+        self.delta = torch.cat(deltas, 1) if deltas else root.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
+        self._factored = self.L if self._small is None else self._small
+
+    @cached_property
+    def L(self) -> Float[Tensor, "n n"]:
+        """The Cholesky factor of Gram = damping I + D^T D, its stripes of rows from the left up to the diagonal."""
+        size, rank = self.columns, self.rank
+        gram = self.delta.new_zeros(size, size)
+        stripes = 1 + size // STRIPE
+        cuts = [self.batch * i // stripes for i in range(stripes + 1)]
+        deltas, kernels = list(self.delta.split(self.units, 1)), list(self._kernels)
+        for linear, kept in zip(self.linear, self.stages, strict=True):
+            rows, kernel = (_rows(deltas.pop(0)), kernels.pop(0)[:, None, :, None]) if linear else (kept.T, None)
+            for top, end in itertools.pairwise(cuts):
+                block = gram[top * rank : end * rank, : end * rank]
+                if kernel is None:
+                    block.addmm_(rows[top * rank : end * rank], rows[: end * rank].T)
+                    continue
+                outer = rows[top * rank : end * rank] @ rows[: end * rank].T
+                shape = end - top, rank, end, rank
+                block.unflatten(0, shape[:2]).unflatten(2, shape[2:]).addcmul_(
+                    outer.view(shape), kernel[top:end, :, :end]
+                )
+        return self._cholesky(gram)
+
+    def _cholesky(self, matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+        """Of a matrix plus damping I, whose lower triangle is read."""
+        matrix.diagonal().add_(self.damping)
+        L, info = torch.linalg.cholesky_ex(matrix)
+        if info.item():
+            raise SingularShiftError(f"GGN + {self.damping:g} I is singular to working precision: use more damping")
+        return L
 
     def __repr__(self) -> str:
-        P, n = sum(self.sizes), len(self.L)
-        return f"Dual({P} x {P}, damping {self.damping:g}, by a Cholesky factor of {n} x {n}, {self.L.dtype})"
+        P, n = sum(self.sizes), len(self._factored)
+        return f"Dual({P} x {P}, damping {self.damping:g}, by a Cholesky factor of {n} x {n}, {self.like.dtype})"
 
     @property
     def inertia(self) -> tuple[int, int, int]:
@@ -81,17 +98,39 @@ class Dual(Inverse):
 
     @property
     def logdet(self) -> tuple[float, float]:
-        log = 2.0 * self.L.diagonal().log().sum().item()
-        return 1.0, (sum(self.sizes) - len(self.L)) * math.log(self.damping) + log
+        log = 2.0 * self._factored.diagonal().log().sum().item()
+        return 1.0, (sum(self.sizes) - len(self._factored)) * math.log(self.damping) + log
 
     def solve(self, b: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         """(GGN + damping I)^-1 b for b (P,) or (P, k), without refinement; errors as `Factor.solve`."""
         check_right_hand_side(b, sum(self.sizes))
         if not b.numel():
             return b.clone()
-        g = b.reshape(len(b), -1).to(self.L.dtype).T.contiguous()  # (k, P): a column's weights lie together
+        if self._small is not None:
+            return torch.cholesky_solve(b.reshape(len(b), -1).to(self.like.dtype), self._small).view_as(b).to(b.dtype)
+        g = b.reshape(len(b), -1).to(self.like.dtype).T.contiguous()  # (k, P): a column's weights lie together
         x = g - self._apply(torch.cholesky_solve(self._transpose(g), self.L))
         return (x / self.damping).T.reshape(b.shape).to(b.dtype)
+
+    def least_squares(self, previous: Float[Tensor, " P"] | None = None) -> Float[Tensor, " P"] | None:
+        """(P,) the minimizer d of |R^T J d - beta|^2 + damping |d - previous|^2 for the batch's own gradient g = D beta: (GGN + damping I)^-1 (g + damping previous).
+
+        From the residuals themselves, d = previous + D Gram^-1 (beta - D^T previous): in `solve` they come back from g by a difference that loses as many digits as
+        the damping is smaller than the GGN. None where g is not in the range of D (a loss that is linear far from its targets).
+        """
+        at = self.chain.loss, self.chain.outputs, self.chain.targets
+        R, b = losses.root(*at), losses.gradient(*at).flatten(1).unsqueeze(2)
+        beta = torch.linalg.pinv(R) @ b  # (B, r, 1)
+        if not (R @ beta - b).norm() <= torch.finfo(b.dtype).eps ** 0.5 * b.norm():
+            return None
+        residuals = beta.reshape(-1, 1)
+        if previous is not None:
+            residuals = residuals - self._transpose(previous.unsqueeze(0))
+        if self._small is None:
+            d = self._apply(torch.cholesky_solve(residuals, self.L))[0]
+        else:
+            d = torch.cholesky_solve(self._apply(residuals).T, self._small)[:, 0]
+        return d if previous is None else d + previous
 
     def _pieces(self, g: Float[Tensor, "k P"]) -> list[tuple[bool, Tensor, Tensor]]:
         """(whether it is linear, Z or D_l, its columns of g) for each stage."""
@@ -132,12 +171,10 @@ class Dual(Inverse):
     def _small(self) -> Float[Tensor, "P P"] | None:
         """With fewer parameters than columns of D, the Cholesky factor of eps I + D D^T; otherwise None."""
         P = sum(self.sizes)
-        if len(self.L) <= P:
+        if self.columns <= P:
             return None
         D = torch.cat([self._formed(number) for number in range(len(self.sizes))])
-        matrix = D @ D.T
-        matrix.diagonal().add_(self.damping)
-        return torch.linalg.cholesky(matrix)
+        return self._cholesky(D @ D.T)
 
     def _formed(self, number: int) -> Float[Tensor, "p n"]:
         """D_l."""
@@ -216,11 +253,11 @@ class Dual(Inverse):
 
     @property
     def noises(self) -> int:
-        return sum(self.sizes) + len(self.L)
+        return sum(self.sizes) + self.columns
 
     def colored(self, noise: Float[Tensor, "noises n"]) -> Float[Tensor, "P n"]:
         """Matheron's rule: a draw from the prior, moved by what a noisy observation of D^T x says."""
-        prior, observed = noise.split([sum(self.sizes), len(self.L)])
+        prior, observed = noise.split([sum(self.sizes), self.columns])
         x = prior.T / self.damping**0.5
         return (x - self._apply(torch.cholesky_solve(self._transpose(x) + observed, self.L))).T
 
@@ -242,10 +279,12 @@ def backpropagated(chain: Chain, delta: Float[Tensor, "B C r"]) -> Iterator[tupl
         elif stage.kind == "elementwise":
             delta = stage.slope.unsqueeze(2) * delta
         else:
-            D, before = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
-            if stage.parameters:
+            if not stage.parameters:
+                delta = _pulled(stage, delta)
+            else:
+                D, before = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
                 yield stage, D, delta
-            delta = before
+                delta = before
         signals[-1] = delta
 
 
@@ -276,9 +315,22 @@ def _shared(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> 
     batch, rank = len(delta), delta.shape[2]
     at = delta.view(batch, -1, len(stage.weight), rank)  # (B, T, a_out, r)
     z = torch.cat([stage.rows, stage.ones], 1).view(*at.shape[:2], -1)
-    weights, bias = torch.einsum("ntor,nti->oinr", at, z).split([stage.rows.shape[1], stage.has_bias * 1], 1)
-    D = torch.cat([weights.reshape(-1, batch * rank), bias.reshape(-1, batch * rank)])
+    # a sample's numbers lie together, as they come and as the Gram matrix reads them
+    weights, bias = torch.einsum("ntor,nti->nroi", at, z).split([stage.rows.shape[1], stage.has_bias * 1], 3)
+    D = torch.cat([weights.flatten(2), bias.flatten(2)], 2).flatten(0, 1).T
     return D, (stage.weight.T @ at).reshape(batch, -1, rank) if wrt_input else delta
+
+
+def _pulled(stage: Stage, delta: Float[Tensor, "B rows r"]) -> Float[Tensor, "B a_in r"]:
+    """A^T delta of a stage without parameters by r backward passes through its module; its Jacobians may be much larger."""
+    z = stage.inputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = stage.module(z.clone()).flatten(1)
+    columns = [
+        torch.autograd.grad(out, z, column, retain_graph=True, materialize_grads=True)[0].flatten(1)
+        for column in delta.unbind(2)
+    ]
+    return torch.stack(columns, 2)
 
 
 def _general(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,12 @@ class Estimate:
     bytes: dict[str, int]  # peak, by method
     overhead: dict[str, float]  # by method: what calls cost, in flops
 
+    @property
+    def factored(self) -> str:
+        """The cheaper of "factor" and "dual", where there is one."""
+        cost = {name: self.flops[name] + self.overhead[name] for name in ("factor", "dual") if name in self.flops}
+        return min(cost, key=lambda name: cost[name])
+
     def __str__(self) -> str:
         flops, size = self.flops[self.method], self.bytes[self.method]
         return (
@@ -69,8 +75,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     live, batch = chain.live, len(chain.inputs)
     P = sum(p.numel() for p in chain.parameters)
     known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
-    flops, kept, peak, dual = 0.0, 0, 0, 0.0
-    classes = chain.outputs[0].numel()
+    flops, kept, peak, walked, products, formed = 0.0, 0, 0, 0.0, 0.0, 0
+    columns = batch * chain.outputs[0].numel()  # of the dual, at most
     for number in reversed(range(len(live))):
         stage = live[number]
         structure = kind(stage, number > 0)
@@ -91,7 +97,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             flops += 50.0 * samples * p * p + 700.0 * samples * p * (a_in + a_out)
             blocks = samples * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
             keep, scratch = p * p + p * k + blocks, 2 * rows * rows + p * (rows + p + 2 * k) + 2 * k * k + blocks
-            dual += 2.0 * batch * classes * (a_out * (a_in + p) + p * batch * classes)
+            walked += 2.0 * columns * a_out * (a_in + p)
+            products, formed = products + p * columns**2, formed + p * columns
         elif known and stage is live[-1]:
             m = min(batch, p // a_out)
             side = batch + (a_in if number else 0)
@@ -126,7 +133,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
                 patches = batch * positions * (fan_in + 1)
                 keep += 2 * patches
         if structure in (Linear, SmallLinear, Convolution):
-            dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
+            walked += 2.0 * columns * a_out * a_in
+            products += 2.0 * columns**2 * a_out
         peak = max(peak, kept + keep + scratch)
         kept += keep
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
@@ -135,10 +143,11 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     )  # of one product, of which many columns are taken at once
     size = {"factor": int(item * peak), "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS)))}
     if gauss_newton:
-        cost["dual"] = dual + (batch * classes) ** 3 / 3
-        size["dual"] = item * (
-            3 * (batch * classes) ** 2 + 2 * batch * classes * sum(s.outputs[0].numel() for s in live)
-        )
+        gram = products + columns**3 / 3, 3 * columns**2
+        small = 2.0 * P * P * columns + P**3 / 3, 3 * P * P + 2 * P * columns
+        of_the_smaller = small if columns > P else gram
+        cost["dual"] = walked + of_the_smaller[0]
+        size["dual"] = item * (of_the_smaller[1] + formed + 2 * columns * sum(s.outputs[0].numel() for s in live))
     # in flops, what calls cost: a network's derivatives and sweeps stage by stage, the dense route once
     overhead = {"factor": 1e7 * (2 + len(live)), "dual": 1e7 * len(live), "dense": 2e7}
     method = min(cost, key=lambda name: cost[name] + overhead[name])

@@ -72,7 +72,7 @@ class Matrix(Products):
         damping = checked_damping(damping)
         dtype = dtype or self.dtype
         prediction = self._estimate(dtype)
-        if prediction.method == "dual" and damping > 0 and self._is_convex():
+        if prediction.factored == "dual" and damping > 0 and self._is_convex():
             require(prediction, "dual", self.device)
             return Dual(converted(self.chain, dtype), damping)
         scarce = require(prediction, "factor", self.device)
