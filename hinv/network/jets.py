@@ -13,7 +13,6 @@ Source: Li et al., Nature Machine Intelligence 6 (2024), arXiv:2307.08214 (forwa
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,4 +114,4 @@ def _shared(linear: nn.Linear, d: int) -> SharedLinear:
     shared = SharedLinear(1, 1, (1.0, *[0.0] * (d + 1)), linear.weight.dtype)
     shared.in_features, shared.out_features = linear.in_features, linear.out_features
     shared.weight, shared.bias = linear.weight, linear.bias
-    return cast(SharedLinear, shared.to(linear.weight.device))
+    return shared.to(linear.weight.device)

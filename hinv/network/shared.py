@@ -26,4 +26,5 @@ class SharedLinear(nn.Linear):
         self.register_buffer("biased", torch.tensor(biased, dtype=self.weight.dtype))
 
     def forward(self, input: Float[Tensor, "B T a_in"]) -> Float[Tensor, "B T a_out"]:
-        return nn.functional.linear(input, self.weight) + self.biased.unsqueeze(1) * self.bias
+        out = nn.functional.linear(input, self.weight)
+        return out if self.bias is None else out + self.biased.unsqueeze(1) * self.bias

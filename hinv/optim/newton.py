@@ -12,10 +12,10 @@ from hinv.network import losses
 from hinv.shapes import Float
 from hinv.solver.dual import Dual
 
-from .descent import Direction, StepReport
+from .descent import Direction
 from .preconditioned import Preconditioned
 
-SHORTEST = 2.0**-16  # length of a step that a search tries
+SHORTEST = 2.0**-30  # length of a step that a search tries
 
 
 class DampedNewton(Preconditioned):
@@ -51,7 +51,7 @@ class GaussNewton(DampedNewton):
     Args:
         momentum: mu of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190): d minimizes |J d - r|^2 + eps |d - mu d_previous|^2, that is
             (G + eps I)^-1 (g + eps mu d_previous), d_previous the direction before (forgotten when a step is taken back). Between 0 and 1.
-        search: whether d is halved until the loss of the batch falls, and on as long as it falls further, down to 2^-16; each length costs a forward pass.
+        search: whether d is halved until the loss of the batch falls, and on as long as it falls further, down to 2^-30; each length costs a forward pass.
     """
 
     kind = GGN
@@ -111,10 +111,9 @@ class GaussNewton(DampedNewton):
         self._previous = d if self.momentum else None
         super()._move(d)
 
-    def _judge(self, report: StepReport, *rest: Any) -> StepReport:
-        report = super()._judge(report, *rest)
-        self._previous = self._previous if report.accepted else None
-        return report
+    def _refused(self) -> None:
+        super()._refused()
+        self._previous = None
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"previous": self._previous}

@@ -177,10 +177,13 @@ class Preconditioned(Descent):
         if good or not self.accept:
             return report
         vector_to_parameters(before, self.parameters)
-        self.optimizer.state.clear()  # a velocity that led uphill would do so again, however small the step it is added to
-        self._age = -1
+        self._refused()
         note = "; ".join(filter(None, [report.note, "taken back: the loss rose"]))
         return replace(report, step_norm=0.0, accepted=False, note=note)
+
+    def _refused(self) -> None:
+        self.optimizer.state.clear()  # a velocity that led uphill would do so again, however small the step it is added to
+        self._age = -1
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
