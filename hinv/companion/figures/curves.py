@@ -118,6 +118,22 @@ def bands(
     return figure
 
 
+def fields(
+    panels: Mapping[str, Any], extent: tuple[float, float, float, float], xlabel: str, ylabel: str, signed: Sequence[str] = ()
+) -> Figure:
+    """Side by side, functions of two variables on a grid (rows along y), each with its own scale; those named in `signed` in colours that part at zero."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.2), layout="constrained", sharey=True)
+    for axis, (title, values) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        values = np.asarray(values)
+        most = np.abs(values).max()
+        limits = {"cmap": "RdBu_r", "vmin": -most, "vmax": most} if title in signed else {"cmap": "viridis"}
+        image = axis.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="bilinear", **limits)
+        figure.colorbar(image, ax=axis, format="%.2g")
+        axis.set(xlabel=xlabel, title=title)
+    np.atleast_1d(axes)[0].set_ylabel(ylabel)
+    return figure
+
+
 def dots(
     groups: Mapping[str, Mapping[str, Numbers]],
     xlabel: str,
