@@ -44,41 +44,25 @@ class Dual(Inverse):
         self.chain, self.batch, self.rank = chain, batch, root.shape[2]
         self.columns = batch * self.rank
         # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
-        self.stages, deltas, kernels = [], [], []
+        self.stages, deltas, biased = [], [], []
         for stage, kept, delta in backpropagated(chain, root):
             self.stages.insert(0, kept)
             if _alone(stage):
                 deltas.insert(0, delta)
-                kernels.insert(0, _kernel(stage))
+                biased.insert(0, stage.has_bias)
         owners = [stage for stage in chain.live if stage.parameters]
         self.names, self.like = [stage.name for stage in owners], root.new_zeros(0)
         self.linear = [_alone(stage) for stage in owners]
         self.sizes = [len(stage.x) for stage in owners]
-        self.units, self._kernels = [d.shape[1] for d in deltas], kernels
+        self.units, self._biased = [d.shape[1] for d in deltas], biased
         self.delta = torch.cat(deltas, 1) if deltas else root.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
         self._factored = self.L if self._small is None else self._small
 
     @cached_property
     def L(self) -> Float[Tensor, "n n"]:
-        """The Cholesky factor of Gram = damping I + D^T D, its stripes of rows from the left up to the diagonal."""
-        size, rank = self.columns, self.rank
-        gram = self.delta.new_zeros(size, size)
-        stripes = 1 + size // STRIPE
-        cuts = [self.batch * i // stripes for i in range(stripes + 1)]
-        deltas, kernels = list(self.delta.split(self.units, 1)), list(self._kernels)
-        for linear, kept in zip(self.linear, self.stages, strict=True):
-            rows, kernel = (_rows(deltas.pop(0)), kernels.pop(0)[:, None, :, None]) if linear else (kept.T, None)
-            for top, end in itertools.pairwise(cuts):
-                block = gram[top * rank : end * rank, : end * rank]
-                if kernel is None:
-                    block.addmm_(rows[top * rank : end * rank], rows[: end * rank].T)
-                    continue
-                outer = rows[top * rank : end * rank] @ rows[: end * rank].T
-                shape = end - top, rank, end, rank
-                block.unflatten(0, shape[:2]).unflatten(2, shape[2:]).addcmul_(
-                    outer.view(shape), kernel[top:end, :, :end]
-                )
-        return self._cholesky(gram)
+        """The Cholesky factor of Gram."""
+        deltas = list(self.delta.split(self.units, 1))
+        return self._cholesky(_gram(self.linear, self.stages, deltas, self._biased, self.batch, self.rank))
 
     def _cholesky(self, matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         """Of a matrix plus damping I, whose lower triangle is read."""
@@ -191,23 +175,10 @@ class Dual(Inverse):
         deltas = list(self.delta.split(self.units, 1))
         for linear, kept, p in zip(self.linear, self.stages, self.sizes, strict=True):
             if linear:
-                out.append(self._quadratic(kept, deltas.pop(0), gram, p))
+                out.append(_quadratic(kept, deltas.pop(0), gram, p))
             else:
                 out.append(torch.linalg.solve_triangular(self.L, kept.T, upper=False).square().sum(0))
         return (1.0 - torch.cat(out)) / self.damping
-
-    def _quadratic(
-        self, z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], gram: Float[Tensor, "B r n"], p: int
-    ) -> Float[Tensor, " p"]:
-        """The diagonal of D_l Gram^-1 D_l^T: sum_nn' z_ni W^o_nn' z_n'i, W^o_nn' = sum_cc' delta_nco [Gram^-1]_nc,n'c' delta_n'c'o; z = 1 for a bias."""
-        batch, weights, biases = self.batch, [], []
-        for some in delta.split(max(1, CHUNK // (batch * max(gram.shape[2], z.shape[1]))), 1):
-            half = (some @ gram).view(batch, -1, batch, self.rank)
-            W = (half * some.transpose(0, 1)).sum(3).transpose(0, 1)  # (units, B, B)
-            weights.append(((W @ z) * z).sum(1))
-            biases.append(W.sum((1, 2)))
-        out = torch.cat(weights).flatten()
-        return torch.cat([out, *biases]) if p > len(out) else out
 
     def _trace(self) -> float:
         L, beyond = (self.L, sum(self.sizes) - len(self.L)) if self._small is None else (self._small, 0)
@@ -260,6 +231,46 @@ class Dual(Inverse):
         prior, observed = noise.split([sum(self.sizes), self.columns])
         x = prior.T / self.damping**0.5
         return (x - self._apply(torch.cholesky_solve(self._transpose(x) + observed, self.L))).T
+
+
+def _gram(
+    linear: list[bool], stages: list[Tensor], deltas: list[Tensor], biased: list[bool], batch: int, rank: int
+) -> Float[Tensor, "n n"]:
+    """D^T D, its stripes of rows from the left up to the diagonal."""
+    size = batch * rank
+    gram = stages[0].new_zeros(size, size)
+    stripes = 1 + size // STRIPE
+    cuts = [batch * i // stripes for i in range(stripes + 1)]
+    factors = iter(zip(deltas, biased, strict=True))
+    for alone, kept in zip(linear, stages, strict=True):
+        rows, kernel = kept.T, None
+        if alone:
+            delta, bias = next(factors)
+            rows, kernel = _rows(delta), kept @ kept.T + float(bias)
+        for top, end in itertools.pairwise(cuts):
+            block = gram[top * rank : end * rank, : end * rank]
+            some, before = rows[top * rank : end * rank], rows[: end * rank]
+            if kernel is None:
+                block.addmm_(some, before.T)
+                continue
+            shape = end - top, rank, end, rank
+            block = block.unflatten(0, shape[:2]).unflatten(2, shape[2:])
+            block.addcmul_((some @ before.T).view(shape), kernel[top:end, None, :end, None])
+    return gram
+
+
+def _quadratic(
+    z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], gram: Float[Tensor, "B r n"], p: int
+) -> Float[Tensor, " p"]:
+    """The diagonal of D_l Gram^-1 D_l^T: sum_nn' z_ni W^o_nn' z_n'i, W^o_nn' = sum_cc' delta_nco [Gram^-1]_nc,n'c' delta_n'c'o; z = 1 for a bias."""
+    batch, rank, weights, biases = len(z), delta.shape[2], [], []
+    for some in delta.split(max(1, CHUNK // (batch * max(gram.shape[2], z.shape[1]))), 1):
+        half = (some @ gram).view(batch, -1, batch, rank)
+        W = (half * some.transpose(0, 1)).sum(3).transpose(0, 1)  # (units, B, B)
+        weights.append(((W @ z) * z).sum(1))
+        biases.append(W.sum((1, 2)))
+    out = torch.cat(weights).flatten()
+    return torch.cat([out, *biases]) if p > len(out) else out
 
 
 def backpropagated(chain: Chain, delta: Float[Tensor, "B C r"]) -> Iterator[tuple[Stage, Tensor, Tensor]]:

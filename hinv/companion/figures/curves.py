@@ -119,7 +119,11 @@ def bands(
 
 
 def fields(
-    panels: Mapping[str, Any], extent: tuple[float, float, float, float], xlabel: str, ylabel: str, signed: Sequence[str] = ()
+    panels: Mapping[str, Any],
+    extent: tuple[float, float, float, float],
+    xlabel: str,
+    ylabel: str,
+    signed: Sequence[str] = (),
 ) -> Figure:
     """Side by side, functions of two variables on a grid (rows along y), each with its own scale; those named in `signed` in colours that part at zero."""
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.2), layout="constrained", sharey=True)
