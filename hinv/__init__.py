@@ -5,6 +5,7 @@
     H.factor(damping)                        once, for many right-hand sides; inertia, log-determinant; the inverse's diagonal, blocks, trace; samples
     H.counts(edges), H.eigsh(k)              exact spectra, certified
     hinv.influence(H, x, y, damping)         of each training sample on the loss of others; hinv.leave_one_out
+    hinv.laplace(model, loss, x, y)          evidence and its maximum, predictive variances, samples
     hinv.optim, hinv.CurvatureMonitor        steps, and curvature during training
     hinv.paper                               every matrix of the paper
 
@@ -17,7 +18,7 @@ from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, Sin
 from hinv.network import Residual, SharedLinear, tall_skinny
 from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
-from hinv.posterior import influence, leave_one_out
+from hinv.posterior import influence, laplace, leave_one_out
 from hinv.solve import SolveReport
 from hinv.solver.estimate import Estimate
 from hinv.spectrum import Eigenpairs
@@ -37,6 +38,7 @@ __all__ = [
     "SingularShiftError",
     "SolveReport",
     "influence",
+    "laplace",
     "leave_one_out",
     "optim",
     "paper",

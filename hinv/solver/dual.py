@@ -186,32 +186,32 @@ class Dual(Inverse):
         return out / self.damping
 
     def _of_outputs(self) -> Float[Tensor, "B C C"]:
-        """The outputs' own J goes back once more, and meets D in k* = J D and itself in k** = J_n J_n^T: (k** - k* Gram^-1 k*^T) / eps."""
-        outputs = self.chain.outputs.flatten(1)
-        batch, C = outputs.shape
-        eye = torch.eye(C, dtype=outputs.dtype, device=outputs.device).expand(batch, -1, -1)
-        walk = backpropagated(self.chain, eye)
+        return self.covariance(self.chain)
+
+    def covariance(self, chain: Chain) -> Float[Tensor, "T C C"]:
+        """(T, C, C) J_t (GGN + damping I)^-1 J_t^T of the samples of a chain through the same network, these or others.
+
+        The outputs' own J goes back once more, and meets D in k* = J D and itself in k** = J_t J_t^T: (k** - k* Gram^-1 k*^T) / eps.
+        """
         if self._small is not None:
-            J = torch.cat(
-                [
-                    _outer(kept, d, p) if _alone(s) else kept
-                    for (s, kept, d), p in zip(walk, self.sizes[::-1], strict=True)
-                ][::-1]
-            )
-            half = torch.linalg.solve_triangular(self._small, J, upper=False).view(-1, batch, C)
+            J = jacobian(chain)
+            half = torch.linalg.solve_triangular(self._small, J, upper=False).view(len(J), len(chain.inputs), -1)
             return torch.einsum("pnc,pnd->ncd", half, half)
-        k, own = outputs.new_zeros(batch, C, batch, self.rank), outputs.new_zeros(batch, C, C)
+        outputs = chain.outputs.flatten(1)
+        samples, C = outputs.shape
+        k, own = outputs.new_zeros(samples, C, self.batch, self.rank), outputs.new_zeros(samples, C, C)
         stages, deltas = self.stages[::-1], list(self.delta.split(self.units, 1))
-        for (stage, kept, delta), D in zip(walk, stages, strict=True):
+        for (stage, kept, delta), D in zip(backpropagated(chain, _every(outputs)), stages, strict=True):
             if _alone(stage):
-                kernel = _kernel(stage)
+                bias = float(stage.has_bias)
+                kernel = kept @ D.T + bias
                 k.addcmul_((_rows(delta) @ _rows(deltas.pop()).T).view_as(k), kernel[:, None, :, None])
-                own += (delta.mT @ delta) * kernel.diagonal()[:, None, None]
+                own += (delta.mT @ delta) * (kept.square().sum(1) + bias)[:, None, None]
             else:
                 k += (kept.T @ D).view_as(k)
-                J = kept.view(-1, batch, C)
+                J = kept.view(-1, samples, C)
                 own += torch.einsum("pnc,pnd->ncd", J, J)
-        half = torch.linalg.solve_triangular(self.L, k.view(batch * C, -1).T, upper=False).view(-1, batch, C)
+        half = torch.linalg.solve_triangular(self.L, k.view(samples * C, -1).T, upper=False).view(-1, samples, C)
         return (own - torch.einsum("knc,knd->ncd", half, half)) / self.damping
 
     @property
@@ -247,6 +247,20 @@ def backpropagated(chain: Chain, delta: Float[Tensor, "B C r"]) -> Iterator[tupl
                 yield stage, D, delta
             delta = before
         signals[-1] = delta
+
+
+def jacobian(chain: Chain) -> Float[Tensor, "P n"]:
+    """(P, B C) J^T: the derivatives of every output of every sample in the parameters, formed. Cost: C walks back, and P B C numbers."""
+    columns = [
+        _outer(kept, delta, len(stage.x)) if _alone(stage) else kept
+        for stage, kept, delta in backpropagated(chain, _every(chain.outputs.flatten(1)))
+    ]
+    return torch.cat(columns[::-1])
+
+
+def _every(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B C C"]:
+    """Each output of each sample as a direction."""
+    return torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device).expand(len(outputs), -1, -1)
 
 
 def _rows(delta: Float[Tensor, "B a_out r"]) -> Float[Tensor, "n a_out"]:
