@@ -157,6 +157,13 @@ class Curvature(Matrix):
         """
         return spectrum.smoothed_count(self, shift, width)
 
+    def smoothed_density(self, shift: float, width: float) -> float:
+        """Im tr (H - (shift + i width) I)^-1 / pi: the density of eigenvalues at a shift (parameter^2 / loss), each spread to a Lorentzian of this half-width.
+
+        The derivative of `smoothed_count`, and its cost and selected inversion's, one to three factorizations. Arguments and errors as there.
+        """
+        return spectrum.smoothed_density(self, shift, width)
+
     # -- solves (`hinv.solve`) -----------------------------------------------------------------------------------------
 
     def solve(

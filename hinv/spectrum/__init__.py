@@ -13,7 +13,7 @@ eigenvalues below s. Two counts that differ by k prove that k eigenvalues lie be
 Functions take an `hinv.Hessian` or `hinv.GGN`, whose methods of the same names are the usual way in. Knows `hinv.solver` and `hinv.network`.
 """
 
-from .absolute import Absolute, PoleReport, sign, smoothed_count
+from .absolute import Absolute, PoleReport, sign, smoothed_count, smoothed_density
 from .counts import count_below, counts, eigval
 from .dataset import DataHessian, TraceEstimate
 from .diagonal import Block, block, blocks, by_stage, diagonal
@@ -36,4 +36,5 @@ __all__ = [
     "find",
     "sign",
     "smoothed_count",
+    "smoothed_density",
 ]

@@ -3,7 +3,7 @@
 style.py: colours, saving. structure.py: matrices. curves.py: measurements.
 """
 
-from .curves import bands, categories, curves, dots, grown, plane, reached, spectrum, staircase
+from .curves import bands, categories, curves, dots, gallery, grown, plane, reached, scatter, spectrum, staircase
 from .structure import elimination, heatmaps, lifted, patterns
 from .style import save
 
@@ -13,6 +13,7 @@ __all__ = [
     "curves",
     "dots",
     "elimination",
+    "gallery",
     "grown",
     "heatmaps",
     "lifted",
@@ -20,6 +21,7 @@ __all__ = [
     "plane",
     "reached",
     "save",
+    "scatter",
     "spectrum",
     "staircase",
 ]
