@@ -99,8 +99,9 @@ def test_samples_have_the_covariance(trained):
     root = factor.colored(torch.eye(factor.noises, dtype=torch.float64)) / posterior.scale**0.5
     precision, _ = dense(model, loss, x, y, 0.3, 25.0)
     assert relative(root @ root.T, torch.linalg.inv(precision)) < 1e-10
-    draws = posterior.sample(3, torch.Generator().manual_seed(5))
-    noise = torch.randn(factor.noises, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    draws = posterior.sample(3, torch.Generator("cpu").manual_seed(5))
+    cpu = torch.Generator("cpu").manual_seed(5)
+    noise = torch.randn(factor.noises, 3, generator=cpu, dtype=torch.float64, device="cpu")
     assert relative(draws, posterior.mean[:, None] + root @ noise.to(root.device)) < 1e-10
 
 

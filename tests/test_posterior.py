@@ -15,6 +15,10 @@ from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
 
 
+# without pivoting, on a GPU, up to two digits fewer (`hinv.solver.symmetric.GROWTH`)
+INDEFINITE = 1e-9 if DEVICE == "cpu" else 1e-7
+
+
 def eye(n):
     return torch.eye(n, dtype=torch.float64)
 
@@ -70,7 +74,7 @@ def check_samples(F, M, tolerance):
 def test_inverse_of_the_hessian(name):
     D, J = reference_hessian(*build(name)), reference(*build(name))[0]
     definite = 1.0 - torch.linalg.eigvalsh(D)[0].clamp_max(0.0).item()
-    for damping, tolerance in ((definite, 1e-12), (0.01, 1e-9), (-0.3, 1e-9)):
+    for damping, tolerance in ((definite, 1e-12), (0.01, INDEFINITE), (-0.3, INDEFINITE)):
         F, M = Hessian(*build(name)).factor(damping), torch.linalg.inv(D + damping * eye(len(D)))
         check(F, M, J, tolerance)
         if damping == definite:
@@ -155,7 +159,7 @@ def test_next_to_an_eigenvalue_of_a_later_part_there_is_a_warning(last):
         assert error > 1e-8
         assert error / 10 < F.inverse_error < 10 * error
         assert relative(H.solve(H.gradient, damping), M @ H.gradient) < 1e-7  # solves are refined
-    assert H.factor(-shift * 1.1).inverse_error < 1e-9
+    assert H.factor(-shift * 1.1).inverse_error < INDEFINITE
     assert H.factor(10.0).inverse_error == 0.0
 
 

@@ -120,7 +120,8 @@ class Products:
         return product
 
     def _columns(self, V: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return torch.func.vmap(self.multiply, in_dims=1, out_dims=1)(V) if V.shape[1] else V
+        # columns as rows first: torch before 2.14 cannot lay a product that does not depend on V (H = 0) beside itself
+        return torch.func.vmap(self.multiply, in_dims=1)(V).T if V.shape[1] else V
 
     def _pull_back(self, functions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Float[Tensor, " P"]:
         """Gradient of sum_i functions_i . weights_i in the parameters, (P,); functions that do not depend on them count as constants."""
