@@ -14,7 +14,6 @@ from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, tall_skinny
 from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
 
-
 # without pivoting, on a GPU, up to two digits fewer (`hinv.solver.symmetric.GROWTH`)
 INDEFINITE = 1e-9 if DEVICE == "cpu" else 1e-7
 
