@@ -13,11 +13,12 @@ input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hinv.errors import SingularShiftError
 from hinv.network import Chain, Stage, derivatives, losses
@@ -36,40 +37,65 @@ class Dual(Inverse):
 
     inverse_error = 0.0  # it is definite
 
-    def __init__(self, chain: Chain, damping: float):
+    def __init__(self, chains: Chain | Iterable[Chain], damping: float, share: float = 1.0):
+        """chains: of the batch, or of the batches of a sum (walked again for `output_covariance`); share: what each of them is multiplied with in the sum."""
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
-        self.damping, batch = damping, len(chain.inputs)
-        root = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
-        self.chain, self.batch, self.rank = chain, batch, root.shape[2]
-        size = batch * self.rank
-        gram = root.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
-        stripes = 1 + size // STRIPE
-        cuts = [batch * i // stripes for i in range(stripes + 1)]
-        # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
-        self.stages, deltas = [], []
-        for stage, kept, delta in backpropagated(chain, root):
-            self.stages.insert(0, kept)
-            if not _alone(stage):
-                gram += (kept.T @ kept).view_as(gram)
-                continue
-            deltas.insert(0, delta)
-            rows, kernel = _rows(delta), _kernel(stage)[:, None, :, None]
-            for top, end in itertools.pairwise(cuts):
-                block = gram[top:end, :, :end]
-                outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
-                block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
-        gram = gram.view(size, size)
+        self.damping, self.chains = damping, [chains] if isinstance(chains, Chain) else chains
+        self._gather(share)
+        gram = self._gram()
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
-        owners = [stage for stage in chain.live if stage.parameters]
-        self.names, self.like = [stage.name for stage in owners], gram.new_zeros(0)
-        self.linear = [_alone(stage) for stage in owners]
-        self.sizes = [len(stage.x) for stage in owners]
+        self.like = gram.new_zeros(0)
+
+    def _gather(self, share: float) -> None:
+        """Of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former.
+
+        Samples of a batch with fewer outputs than another's (tokens) get columns of zeros: D D^T is the same, and Sylvester's identity holds for any D.
+        """
+        found: list[list[tuple[Stage, Tensor, Tensor]]] = []  # by batch, the first stage first
+        for chain in self.chains:
+            root = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
+            found.append(list(backpropagated(chain, root * share**0.5 if share != 1.0 else root))[::-1])
+        owners, batches = [stage for stage, _, _ in found[0]], [len(pieces[0][2]) for pieces in found]
+        self.names, self.sizes = [stage.name for stage in owners], [len(stage.x) for stage in owners]
+        self.linear, self.bias = [_alone(stage) for stage in owners], [stage.has_bias for stage in owners if _alone(stage)]
+        self.batch, self.rank = sum(batches), max(pieces[0][2].shape[2] for pieces in found)
+        self.stages, deltas = [], []
+        for linear, pieces in zip(self.linear, zip(*found, strict=True), strict=True):
+            kept = [piece for _, piece, _ in pieces]
+            if linear:
+                self.stages.append(_joined(kept, 0))
+                deltas.append(_joined([self._padded(delta) for _, _, delta in pieces], 0))
+                continue
+            kept = [self._padded(D.view(len(D), batch, -1)) for D, batch in zip(kept, batches, strict=True)]
+            self.stages.append(_joined(kept, 1).flatten(1))
         self.units = [d.shape[1] for d in deltas]
-        self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
+        like = found[0][0][1]
+        self.delta = torch.cat(deltas, 1) if deltas else like.new_zeros(self.batch, 0, self.rank)  # (B, sum of a_out, r)
+
+    def _padded(self, piece: Float[Tensor, "n m r"]) -> Float[Tensor, "n m rank"]:
+        return functional.pad(piece, (0, self.rank - piece.shape[2])) if piece.shape[2] < self.rank else piece
+
+    def _gram(self) -> Float[Tensor, "n n"]:
+        """D^T D, its lower triangle only."""
+        size = self.batch * self.rank
+        gram = self.delta.new_zeros(self.batch, self.rank, self.batch, self.rank)
+        stripes = 1 + size // STRIPE
+        cuts = [self.batch * i // stripes for i in range(stripes + 1)]
+        deltas, biases = list(self.delta.split(self.units, 1)), list(self.bias)
+        for linear, kept in zip(self.linear[::-1], self.stages[::-1], strict=True):
+            if not linear:
+                gram += (kept.T @ kept).view_as(gram)
+                continue
+            rows, bias = _rows(deltas.pop()), biases.pop()
+            for top, end in itertools.pairwise(cuts):
+                block = gram[top:end, :, :end]
+                outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
+                block.addcmul_(outer.view_as(block), _kernel(kept[top:end], kept[:end], bias)[:, None, :, None])
+        return gram.view(size, size)
 
     def __repr__(self) -> str:
         P, n = sum(self.sizes), len(self.L)
@@ -186,11 +212,14 @@ class Dual(Inverse):
         return out / self.damping
 
     def _of_outputs(self) -> Float[Tensor, "B C C"]:
+        return torch.cat([self._of_chain(chain) for chain in self.chains])
+
+    def _of_chain(self, chain: Chain) -> Float[Tensor, "B C C"]:
         """The outputs' own J goes back once more, and meets D in k* = J D and itself in k** = J_n J_n^T: (k** - k* Gram^-1 k*^T) / eps."""
-        outputs = self.chain.outputs.flatten(1)
+        outputs = chain.outputs.flatten(1)
         batch, C = outputs.shape
         eye = torch.eye(C, dtype=outputs.dtype, device=outputs.device).expand(batch, -1, -1)
-        walk = backpropagated(self.chain, eye)
+        walk = backpropagated(chain, eye)
         if self._small is not None:
             J = torch.cat(
                 [
@@ -200,13 +229,13 @@ class Dual(Inverse):
             )
             half = torch.linalg.solve_triangular(self._small, J, upper=False).view(-1, batch, C)
             return torch.einsum("pnc,pnd->ncd", half, half)
-        k, own = outputs.new_zeros(batch, C, batch, self.rank), outputs.new_zeros(batch, C, C)
+        k, own = outputs.new_zeros(batch, C, self.batch, self.rank), outputs.new_zeros(batch, C, C)
         stages, deltas = self.stages[::-1], list(self.delta.split(self.units, 1))
         for (stage, kept, delta), D in zip(walk, stages, strict=True):
             if _alone(stage):
-                kernel = _kernel(stage)
+                kernel = _kernel(kept, D, stage.has_bias)
                 k.addcmul_((_rows(delta) @ _rows(deltas.pop()).T).view_as(k), kernel[:, None, :, None])
-                own += (delta.mT @ delta) * kernel.diagonal()[:, None, None]
+                own += (delta.mT @ delta) * (kept.square().sum(1) + float(stage.has_bias))[:, None, None]
             else:
                 k += (kept.T @ D).view_as(k)
                 J = kept.view(-1, batch, C)
@@ -254,8 +283,12 @@ def _rows(delta: Float[Tensor, "B a_out r"]) -> Float[Tensor, "n a_out"]:
     return delta.mT.reshape(-1, delta.shape[1])
 
 
-def _kernel(stage: Stage) -> Float[Tensor, "B B"]:
-    return stage.inputs @ stage.inputs.T + float(stage.has_bias)
+def _kernel(z: Float[Tensor, "n a_in"], other: Float[Tensor, "N a_in"], bias: bool) -> Float[Tensor, "n N"]:
+    return z @ other.T + float(bias)
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _outer(z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], p: int) -> Float[Tensor, "p n"]:
