@@ -61,7 +61,10 @@ class Dual(Inverse):
             found.append(list(backpropagated(chain, root * share**0.5 if share != 1.0 else root))[::-1])
         owners, batches = [stage for stage, _, _ in found[0]], [len(pieces[0][2]) for pieces in found]
         self.names, self.sizes = [stage.name for stage in owners], [len(stage.x) for stage in owners]
-        self.linear, self.bias = [_alone(stage) for stage in owners], [stage.has_bias for stage in owners if _alone(stage)]
+        self.linear, self.bias = (
+            [_alone(stage) for stage in owners],
+            [stage.has_bias for stage in owners if _alone(stage)],
+        )
         self.batch, self.rank = sum(batches), max(pieces[0][2].shape[2] for pieces in found)
         self.stages, deltas = [], []
         for linear, pieces in zip(self.linear, zip(*found, strict=True), strict=True):
@@ -74,7 +77,9 @@ class Dual(Inverse):
             self.stages.append(_joined(kept, 1).flatten(1))
         self.units = [d.shape[1] for d in deltas]
         like = found[0][0][1]
-        self.delta = torch.cat(deltas, 1) if deltas else like.new_zeros(self.batch, 0, self.rank)  # (B, sum of a_out, r)
+        self.delta = (
+            torch.cat(deltas, 1) if deltas else like.new_zeros(self.batch, 0, self.rank)
+        )  # (B, sum of a_out, r)
 
     def _padded(self, piece: Float[Tensor, "n m r"]) -> Float[Tensor, "n m rank"]:
         return functional.pad(piece, (0, self.rank - piece.shape[2])) if piece.shape[2] < self.rank else piece
