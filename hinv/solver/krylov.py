@@ -35,6 +35,10 @@ def dense(H: Products, damping: float, rtol: float) -> Apply:
     return solve
 
 
+class _NegativeCurvature(Exception):
+    pass
+
+
 class Iteration:
     """b -> x by SciPy's "cg" or "minres". One product an iteration; how many there are depends on the spectrum.
 
@@ -46,7 +50,7 @@ class Iteration:
 
         self._iterate = {"cg": linalg.cg, "minres": linalg.minres}[method]
         self._method, self._rtol, self.products, self.interrupted = method, rtol, 0, False
-        self._lowest = 1.0  # v^T (H + damping I) v met on the way: its smallest, relative to |v|^2
+        self.indefinite = False  # whether CG met a direction of negative curvature, where it is not defined
         self._bar: Any = None
         dtype, device = H.dtype, H.device
         multiply = H.multiply
@@ -54,8 +58,10 @@ class Iteration:
         def matvec(v: np.ndarray) -> np.ndarray:
             # unchecked: after a breakdown v is NaN, and so is what comes out
             out = multiply(torch.from_numpy(v).to(device, dtype)).cpu().numpy() + damping * v
-            self._lowest, self.products = min(self._lowest, float(v @ out)), self.products + 1
+            self.products += 1
             self._bar.update()
+            if method == "cg" and float(v @ out) < 0:
+                raise _NegativeCurvature
             return out
 
         self._operator = operator(H.shape, torch.empty(0, dtype=dtype, device="cpu").numpy().dtype, matvec=matvec)
@@ -69,7 +75,7 @@ class Iteration:
     def _column(self, b: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
         """The last iterate, which in either method is the best: of the error's energy norm, or of the residual."""
         last = np.zeros_like(b)
-        if self.interrupted:
+        if self.interrupted or self.indefinite:
             return last
 
         def keep(x: Float[np.ndarray, " P"]) -> None:
@@ -80,12 +86,9 @@ class Iteration:
             return self._iterate(self._operator, b, rtol=0.1 * self._rtol, callback=keep)[0]
         except KeyboardInterrupt:
             self.interrupted = True
-            return last
-
-    @property
-    def indefinite(self) -> bool:
-        """Whether CG met a direction of negative curvature, so that it is not defined."""
-        return self._method == "cg" and self._lowest < 0
+        except _NegativeCurvature:
+            self.indefinite = True
+        return last
 
     def remark(self) -> str:
         remarks = []
