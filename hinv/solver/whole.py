@@ -41,10 +41,12 @@ class Formed(Factor):
     """
 
     def __init__(self, matrix: Float[Tensor, "P P"], damping: float, product: Callable[[Tensor], Tensor]):
-        stage = Stage(NAME, nn.Identity(), {NAME: nn.Parameter(matrix[0, :0])}, matrix[:0], matrix[0])
+        # no view of the matrix, which would keep it beside its factor
+        none = matrix.new_empty(0)
+        stage = Stage(NAME, nn.Identity(), {NAME: nn.Parameter(none)}, none, matrix.new_empty(len(matrix)))
         part = Whole(matrix)
         try:
-            super().__init__(([(stage, part)], None), damping, product)
+            super().__init__(([(stage, part)], matrix.new_empty(0, 0)), damping, product)
         except SingularShiftError as error:
             raise SingularShiftError(
                 f"H + ({damping:g}) I is singular to working precision: the damping is minus an eigenvalue of H; change it a little"

@@ -16,7 +16,7 @@ from hinv.solver.matrix import Matrix
 def count_below(H: Matrix, shift: float) -> int:
     shift = float(shift)
     if shift not in H.counted:
-        F = H.factor(-shift, dtype=torch.float64)
+        F = H.counting(-shift)
         H.counted[shift], H.uncertain[shift] = F.inertia[1], getattr(F, "uncertainty", 0.0)
     return H.counted[shift]
 
