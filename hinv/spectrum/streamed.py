@@ -60,10 +60,8 @@ def summed(own: Any, share: float) -> Any:
                 return torch.cat([y.reshape(-1) for y in own._matmat(X)])
 
             flat = share * ranks.summed(make, X[0].new_empty(sum(sizes)))
-            if not flat.isfinite().all() and all(x.isfinite().all() for x in X):
-                raise ArithmeticError(
-                    "the product is not finite: the loss or its derivatives overflow somewhere in the data"
-                )
+            if all(x.isfinite().all() for x in X):
+                finite(flat, "product")
             return [y.view_as(x) for y, x in zip(flat.split(sizes), X, strict=True)]
 
     return Sum(own._in_shape, own._out_shape)
@@ -153,10 +151,14 @@ def dense(A: "DataMatrix") -> Float[Tensor, "P P"]:
                 out[:, start : start + width] += of_one @ eye[:, start : start + width]
         return out
 
-    out = ranks.summed(make, like.new_empty(P, P)).mul_(A.share)
-    if not out.isfinite().all():
-        raise ArithmeticError("the matrix is not finite: the loss or its derivatives overflow somewhere in the data")
+    out = finite(ranks.summed(make, like.new_empty(P, P)).mul_(A.share), "matrix")
     return 0.5 * (out + out.mT)
+
+
+def finite(found: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
+    if not found.isfinite().all():
+        raise ArithmeticError(f"the {what} is not finite: the loss or its derivatives overflow somewhere in the data")
+    return found
 
 
 def factor(A: "DataMatrix", damping: float) -> Formed | Dual:
@@ -197,4 +199,4 @@ def diagonal(A: "DataMatrix") -> Float[Tensor, " P"]:
     def make() -> Float[Tensor, " P"]:
         return torch.stack([of_batch(Matrix(chain, A.gauss_newton)) for chain in chains]).sum(0)
 
-    return A.share * ranks.summed(make, torch.empty(A.shape[0], dtype=A.dtype, device=A.device))
+    return finite(A.share * ranks.summed(make, torch.empty(A.shape[0], dtype=A.dtype, device=A.device)), "diagonal")

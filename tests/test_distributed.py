@@ -1,0 +1,143 @@
+"""Two processes with unequal shares of the data against one with all of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hinv import ranks, spectrum, tall_skinny
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+START = """
+import os, sys, warnings
+from datetime import timedelta
+import torch
+from torch import distributed, nn
+import hinv
+from hinv import ranks, spectrum
+torch.set_num_threads(1)
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+saved = torch.load(f"{folder}/problem.pt", weights_only=False)
+model, loss, mine = saved["model"], saved["loss"], saved["shares"][rank]
+"""
+
+
+def together(folder: Path, code: str, model, loss, shares) -> list[dict]:
+    """What each of two processes leaves in `out`; both end within a minute."""
+    torch.save({"model": model, "loss": loss, "shares": shares}, folder / "problem.pt")
+    (folder / "meet").unlink(missing_ok=True)
+    program = START + code + "\ntorch.save(out, f'{folder}/{rank}.pt')\ndistributed.destroy_process_group()\n"
+    path = str(Path(spectrum.__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program, str(folder)],
+            env=os.environ | {"RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=90)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def problem(n=23):
+    model = tall_skinny((5, 6, 6, 3), nn.Tanh, gain=1.2, seed=0).double()
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.where(torch.arange(n) % 7 == 3, -100, torch.arange(n) % 3)
+    # two batches for the one, the last of them odd, and one for the other
+    first = list(zip(x[:17].split(9), y[:17].split(9), strict=True))
+    return model, nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0]).double()), x, y, [first, [(x[17:], y[17:])]]
+
+
+ANSWERS = """
+out = {}
+b = torch.linspace(-1, 1, 99).double()[:, None] ** torch.arange(1, 3)
+b = b[: sum(p.numel() for p in model.parameters())]
+for kind in (spectrum.DataHessian, spectrum.DataGGN):
+    A = kind(model, loss, mine)
+    F = A.factor(0.5)
+    pairs = A.eigsh(2)
+    out[kind.__name__] = dict(
+        product=A @ b, dense=A.dense(), diagonal=A.diagonal(), values=A.eigvalsh(), logdet=F.logdet, inertia=A.inertia(0.05),
+        factor=F.solve(b), one=A.solve(b[:, 0], 0.5), solve=A.solve(b, 9.0), report=A.last_solve, pairs=pairs.values, trace=A.trace("hutchinson", 4).value,
+        largest=A.density(3, repeats=1)[0],
+    )
+"""
+
+
+def test_two_processes_are_one(tmp_path):
+    model, loss, _, _, shares = problem()
+    found = together(tmp_path, ANSWERS, model, loss, shares)
+    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "spectrum": spectrum}
+    exec(ANSWERS, space)
+    for name, single in space["out"].items():
+        a, c = found[0][name], found[1][name]
+        for key, value in single.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(a[key], c[key]), key  # to the bit on both
+                torch.testing.assert_close(a[key], value, rtol=1e-8 if key != "product" else 1e-12, atol=1e-8)
+            elif key == "report":
+                assert a[key] == c[key] and a[key].method == value.method and a[key].residual < 1e-8
+            else:
+                assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
+
+
+FAILS = """
+def message(make):
+    try:
+        make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+out = []
+bad = [(x.clone(), y) for x, y in mine]
+if rank == 1:
+    bad[0][0][2] = torch.nan
+out.append(message(lambda: spectrum.DataGGN(model, loss, bad)))
+out.append(message(lambda: spectrum.DataGGN(model, loss, mine if rank else [])))
+if rank == 1:
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+out.append(message(lambda: spectrum.DataGGN(model, loss, mine)))
+if rank == 1:
+    with torch.no_grad():
+        model[0].weight.sub_(1.0)
+batches = [(x.clone(), y) for x, y in mine]
+A = spectrum.DataGGN(model, loss, batches)
+b = torch.ones(A.shape[0]).double()
+if rank == 1:
+    batches[0][0][2] = torch.nan
+out += [message(lambda: A @ b), message(lambda: A.solve(b)), message(lambda: A.eigsh()), message(A.trace), message(lambda: A.factor(0.1))]
+if rank == 1:
+    batches[0] = mine[0]
+out.append(float((A @ b).norm()))
+"""
+
+
+def test_what_fails_in_one_process_is_said_in_both_and_none_waits(tmp_path):
+    model, loss, _, _, shares = problem()
+    first, second = together(tmp_path, FAILS, model, loss, shares)
+    assert "another process could not take" in first[0] and "batch 0 of the loader contains NaN" in second[0]
+    assert "the loader is empty" in first[1] and "another process could not take" in second[1]
+    assert "different weights" in first[2] and "different weights" in second[2]
+    for a, c in zip(first[3:8], second[3:8], strict=True):
+        assert "not finite" in a and "batch 0 of the loader contains NaN" in c
+    assert first[8] == second[8] > 0  # and what comes next is in step again
+
+
+def test_one_process_alone_is_not_several():
+    assert not ranks.several() and ranks.first() and ranks.size() == 1
+    assert ranks.from_first(lambda: 3) == 3
+    one = torch.ones(2)
+    assert ranks.summed(lambda: one, one) is one
