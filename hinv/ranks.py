@@ -5,7 +5,7 @@ alone.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -23,9 +23,13 @@ def size() -> int:
     return distributed.get_world_size() if several() else 1
 
 
+def number() -> int:
+    return distributed.get_rank() if several() else 0
+
+
 def first() -> bool:
     """Whether this process decides."""
-    return not several() or distributed.get_rank() == 0
+    return number() == 0
 
 
 def summed(make: Callable[[], Float[Tensor, "..."]], like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -42,6 +46,40 @@ def summed(make: Callable[[], Float[Tensor, "..."]], like: Float[Tensor, "..."])
         raise
     distributed.all_reduce(own)
     return own
+
+
+def agreed(make: Callable[[], T]) -> T:
+    """make() on each process; where it fails on one, none goes on: that one raises its own error, the others say so."""
+    if not several():
+        return make()
+    failed, error, found = torch.zeros(1), None, None
+    try:
+        found = make()
+    except Exception as own:
+        error, failed = own, torch.ones(1)
+    if distributed.get_backend() == "nccl":
+        failed = failed.cuda()
+    distributed.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise ValueError("another process failed here: its own error says why")
+    return cast(T, found)
+
+
+def gathered(own: Tensor, dim: int) -> Tensor:
+    """What all processes have, in the order of their numbers, joined along a dimension in which it may differ; on each of them."""
+    if not several():
+        return own
+    shapes: list[Any] = [None] * size()
+    distributed.all_gather_object(shapes, tuple(own.shape))
+    pieces = []
+    for at, shape in enumerate(shapes):
+        mine = at == number()
+        piece = own.contiguous() if mine else own.new_empty(shape)
+        distributed.broadcast(piece, at)
+        pieces.append(piece)
+    return torch.cat(pieces, dim)
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import relative
 from torch import nn
 
+import hinv
 from hinv import ranks, spectrum, tall_skinny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -94,6 +96,56 @@ def test_two_processes_are_one(tmp_path):
                 assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
 
 
+STEPS = """
+x, y = (torch.cat(tensors) for tensors in zip(*mine))
+method = hinv.optim.GaussNewton(model, loss, damping=0.3, every=2)
+out = []
+for _ in range(6):
+    report = method.step(x, y)
+    out.append((report.loss, report.loss_after, report.ratio, report.damping, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
+"""
+
+
+@pytest.mark.parametrize("loss", ["weighted", "squared", "summed"])
+def test_gauss_newton_of_two_processes_takes_the_steps_of_one(tmp_path, loss):
+    model, weighted, x, y, shares = problem()
+    if loss != "weighted":
+        goals = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(2)).double()
+        shares = [[(x[:17], goals[:17])], [(x[17:], goals[17:])]]
+    loss = {"weighted": weighted, "squared": nn.MSELoss(), "summed": nn.MSELoss(reduction="sum")}[loss]
+    found = together(tmp_path, STEPS, model, loss, shares)
+    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "hinv": hinv}
+    exec(STEPS, space)
+    for a, c, single in zip(*found, space["out"], strict=True):
+        assert a[:4] == c[:4] == pytest.approx(single[:4], rel=1e-8) and torch.equal(a[4], c[4])
+        assert relative(a[4], single[4]) < 1e-12
+    assert space["out"][-1][0] < 0.9 * space["out"][0][0]  # they lead somewhere
+
+
+DUAL = """
+A = spectrum.DataGGN(model, loss, mine)
+F = A.factor(0.01)
+out = dict(kind=type(F).__name__, L=F.L, solve=F.solve(torch.eye(A.shape[0]).double()), diagonal=F.inverse_diagonal(), outputs=F.output_covariance())
+"""
+
+
+def test_the_dual_with_samples_in_two_processes(tmp_path):
+    """A stage that is not linear among them: its factor is gathered whole."""
+    _, loss, _, _, shares = problem()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 3)).double()
+    found = together(tmp_path, DUAL, model, loss, shares)
+    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "spectrum": spectrum}
+    exec(DUAL, space)
+    single = space["out"]
+    assert found[0]["kind"] == found[1]["kind"] == single["kind"] == "Dual"
+    for key in ("L", "solve", "diagonal"):
+        assert torch.equal(found[0][key], found[1][key]) and relative(found[0][key], single[key]) < 1e-12
+    assert (
+        relative(torch.cat([found[0]["outputs"], found[1]["outputs"]]), single["outputs"]) < 1e-11
+    )  # each has its own
+
+
 FAILS = """
 def message(make):
     try:
@@ -122,6 +174,11 @@ out += [message(lambda: A @ b), message(lambda: A.solve(b)), message(lambda: A.e
 if rank == 1:
     batches[0] = mine[0]
 out.append(float((A @ b).norm()))
+method = hinv.optim.GaussNewton(model, loss)
+x, y = mine[0]
+out.append(message(lambda: method.step(x if rank == 0 else x * torch.nan, y)))
+out.append(method.step(x, y).loss)
+out.append(message(lambda: hinv.optim.GaussNewton(model, loss, sample=4)))
 """
 
 
@@ -134,6 +191,8 @@ def test_what_fails_in_one_process_is_said_in_both_and_none_waits(tmp_path):
     for a, c in zip(first[3:8], second[3:8], strict=True):
         assert "not finite" in a and "batch 0 of the loader contains NaN" in c
     assert first[8] == second[8] > 0  # and what comes next is in step again
+    assert "another process failed here" in first[9] and "NaN" in second[9] and first[10] == second[10]
+    assert "leave sample at None" in first[11]
 
 
 def test_one_process_alone_is_not_several():

@@ -84,12 +84,6 @@ class Matrix(Products):
         scarce = require(prediction, KEEP[keep], self.device)
         return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype), scarce, keep)
 
-    def counting(self, damping: float) -> Factor | Dual:
-        """H + damping I factored in float64 for its inertia and determinant alone: by checkpoints where all stages would not fit in memory."""
-        need = self._estimate(torch.float64).bytes["factor"]
-        fits = need <= SMALL_NEED or need <= available(self.device)
-        return self.factor(damping, torch.float64, "all" if fits else "checkpoints")
-
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_structures": {}, "_others": {}}
 
@@ -120,6 +114,13 @@ class Matrix(Products):
         if self._convex is None:
             self._convex = losses.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
         return self._convex
+
+
+def counting(H: Matrix, damping: float) -> Factor | Dual:
+    """H + damping I factored in float64 for its inertia and determinant alone: by checkpoints where all stages would not fit in memory."""
+    need = H._estimate(torch.float64).bytes["factor"]
+    fits = need <= SMALL_NEED or need <= available(H.device)
+    return H.factor(damping, torch.float64, "all" if fits else "checkpoints")
 
 
 def _multiplied(H: Matrix, dtype: torch.dtype, v: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from hinv.solver.matrix import Matrix
 from hinv.solver.memory import available
 from hinv.solver.products import COLUMNS, Operator
 from hinv.solver.refine import SolveReport
+from hinv.solver.root import Root
 from hinv.solver.whole import Formed
 
 from .diagonal import diagonal as of_batch
@@ -164,13 +165,18 @@ def finite(found: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
 def factor(A: "DataMatrix", damping: float) -> Formed | Dual:
     A = A.double()
     P = A.shape[0]
-    if A.gauss_newton and damping > 0 and isinstance(A.model, nn.Sequential) and not ranks.several():
+    if A.gauss_newton and damping > 0 and isinstance(A.model, nn.Sequential):
         chains = Chains(A, copied(A.model))
-        with torch.no_grad():
-            columns = sum(A.model(x.to(A.device)).numel() for x, _ in A.batches)
-        if columns <= P and all(losses.convex(c.loss, c.outputs, c.targets) for c in chains):
-            check_size(columns, A.parameters[0], "the dual form")
-            return Dual(chains, damping, A.share)
+
+        def outputs() -> Float[Tensor, "2"]:
+            """Their number, and how many batches have a loss that is not convex."""
+            all_of_it = [(c.outputs.numel(), not losses.convex(c.loss, c.outputs, c.targets)) for c in chains]
+            return torch.tensor(all_of_it, dtype=A.dtype, device=A.device).sum(0)
+
+        columns, bent = finite(ranks.summed(outputs, torch.empty(2, dtype=A.dtype, device=A.device)), "output").tolist()
+        if columns <= P and not bent:
+            check_size(int(columns), A.parameters[0], "the dual form")
+            return Dual(ranks.agreed(lambda: Root(chains, A.share)).gathered(), damping)
     return Formed(dense(A), damping, A.__matmul__)
 
 
