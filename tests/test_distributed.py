@@ -16,7 +16,7 @@ from hinv import ranks, spectrum, tall_skinny
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 START = """
-import os, sys, warnings
+import copy, os, sys
 from datetime import timedelta
 import torch
 from torch import distributed, nn
@@ -25,20 +25,25 @@ from hinv import ranks, spectrum
 torch.set_num_threads(1)
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-saved = torch.load(f"{folder}/problem.pt", weights_only=False)
-model, loss, mine = saved["model"], saved["loss"], saved["shares"][rank]
+found = {}
+for name, (code, model, loss, shares) in torch.load(f"{folder}/cases.pt", weights_only=False).items():
+    space = dict(model=copy.deepcopy(model), loss=loss, mine=shares[rank], rank=rank, torch=torch, nn=nn, hinv=hinv, spectrum=spectrum)
+    exec(code, space)
+    found[name] = space["out"]
+torch.save(found, f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
 """
 
 
-def together(folder: Path, code: str, model, loss, shares) -> list[dict]:
-    """What each of two processes leaves in `out`; both end within a minute."""
-    torch.save({"model": model, "loss": loss, "shares": shares}, folder / "problem.pt")
-    (folder / "meet").unlink(missing_ok=True)
-    program = START + code + "\ntorch.save(out, f'{folder}/{rank}.pt')\ndistributed.destroy_process_group()\n"
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What every case leaves in `out`, in each of two processes, which end within two minutes: one start of them serves all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(cases(), folder / "cases.pt")
     path = str(Path(spectrum.__file__).parents[2])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, str(folder)],
+            [sys.executable, "-W", "ignore", "-c", START, str(folder)],
             env=os.environ | {"RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -46,12 +51,45 @@ def together(folder: Path, code: str, model, loss, shares) -> list[dict]:
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=90)[1] for process in processes]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def alone(name: str):
+    """The same case in this process with all of the data."""
+    code, model, loss, shares = cases()[name]
+    space = {
+        "model": model,
+        "loss": loss,
+        "mine": shares[0] + shares[1],
+        "torch": torch,
+        "hinv": hinv,
+        "spectrum": spectrum,
+    }
+    exec(code, space)
+    return space["out"]
+
+
+def cases() -> dict[str, tuple]:
+    """name -> code, model, loss, and the batches of each process."""
+    model, weighted, x, _, shares = problem()
+    goals = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(2)).double()
+    other = [[(x[:17], goals[:17])], [(x[17:], goals[17:])]]
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Linear(5, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 3)).double()
+    return {
+        "Hessian": (HESSIAN, model, weighted, shares),
+        "GGN": (GAUSS_NEWTON, model, weighted, shares),
+        "dual": (DUAL, normed, weighted, shares),
+        "steps, weighted": (STEPS, model, weighted, shares),
+        "steps, squared": (STEPS, model, nn.MSELoss(), other),
+        "steps, summed": (STEPS, model, nn.MSELoss(reduction="sum"), other),
+        "fails": (FAILS, model, weighted, shares),
+    }
 
 
 def problem(n=23):
@@ -63,37 +101,37 @@ def problem(n=23):
     return model, nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0]).double()), x, y, [first, [(x[17:], y[17:])]]
 
 
-ANSWERS = """
-out = {}
-b = torch.linspace(-1, 1, 99).double()[:, None] ** torch.arange(1, 3)
-b = b[: sum(p.numel() for p in model.parameters())]
-for kind in (spectrum.DataHessian, spectrum.DataGGN):
-    A = kind(model, loss, mine)
-    F = A.factor(0.5)
-    pairs = A.eigsh(2)
-    out[kind.__name__] = dict(
-        product=A @ b, dense=A.dense(), diagonal=A.diagonal(), values=A.eigvalsh(), logdet=F.logdet, inertia=A.inertia(0.05),
-        factor=F.solve(b), one=A.solve(b[:, 0], 0.5), solve=A.solve(b, 9.0), report=A.last_solve, pairs=pairs.values, trace=A.trace("hutchinson", 4).value,
-        largest=A.density(3, repeats=1)[0],
-    )
+HESSIAN = """
+A = spectrum.DataHessian(model, loss, mine)
+b = (torch.linspace(-1, 1, A.shape[0]).double()[:, None] ** torch.arange(1, 3)).contiguous()
+F = A.factor(0.5)
+out = dict(
+    product=A @ b, dense=A.dense(), diagonal=A.diagonal(), values=A.eigvalsh(), logdet=F.logdet, inertia=A.inertia(0.05), factor=F.solve(b),
+    solve=A.solve(b, 9.0), report=A.last_solve,
+)
+"""
+GAUSS_NEWTON = """
+A = spectrum.DataGGN(model, loss, mine)
+b = torch.linspace(-1, 1, A.shape[0]).double()
+out = dict(
+    product=A @ b, dense=A.dense(), diagonal=A.diagonal(), solve=A.solve(b, 0.5), report=A.last_solve, values=A.eigsh(2).values,
+    trace=A.trace("hutchinson", 4).value, grid=A.density(3, repeats=1)[0],
+)
 """
 
 
-def test_two_processes_are_one(tmp_path):
-    model, loss, _, _, shares = problem()
-    found = together(tmp_path, ANSWERS, model, loss, shares)
-    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "spectrum": spectrum}
-    exec(ANSWERS, space)
-    for name, single in space["out"].items():
-        a, c = found[0][name], found[1][name]
-        for key, value in single.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(a[key], c[key]), key  # to the bit on both
-                torch.testing.assert_close(a[key], value, rtol=1e-8 if key != "product" else 1e-12, atol=1e-8)
-            elif key == "report":
-                assert a[key] == c[key] and a[key].method == value.method and a[key].residual < 1e-8
-            else:
-                assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
+@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
+def test_two_processes_are_one(together, kind):
+    a, c = (found[kind] for found in together)
+    for key, value in alone(kind).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(a[key], c[key]), key  # to the bit on both
+            exactly = key in ("product", "dense", "diagonal", "factor")
+            assert relative(a[key], value) < (1e-11 if exactly else 1e-7), key
+        elif key == "report":
+            assert a[key] == c[key] and a[key].method == value.method and a[key].residual < 1e-8
+        else:
+            assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
 
 
 STEPS = """
@@ -107,19 +145,12 @@ for _ in range(6):
 
 
 @pytest.mark.parametrize("loss", ["weighted", "squared", "summed"])
-def test_gauss_newton_of_two_processes_takes_the_steps_of_one(tmp_path, loss):
-    model, weighted, x, y, shares = problem()
-    if loss != "weighted":
-        goals = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(2)).double()
-        shares = [[(x[:17], goals[:17])], [(x[17:], goals[17:])]]
-    loss = {"weighted": weighted, "squared": nn.MSELoss(), "summed": nn.MSELoss(reduction="sum")}[loss]
-    found = together(tmp_path, STEPS, model, loss, shares)
-    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "hinv": hinv}
-    exec(STEPS, space)
-    for a, c, single in zip(*found, space["out"], strict=True):
-        assert a[:4] == c[:4] == pytest.approx(single[:4], rel=1e-8) and torch.equal(a[4], c[4])
-        assert relative(a[4], single[4]) < 1e-12
-    assert space["out"][-1][0] < 0.9 * space["out"][0][0]  # they lead somewhere
+def test_gauss_newton_of_two_processes_takes_the_steps_of_one(together, loss):
+    single = alone(f"steps, {loss}")
+    for a, c, one in zip(*(found[f"steps, {loss}"] for found in together), single, strict=True):
+        assert a[:4] == c[:4] == pytest.approx(one[:4], rel=1e-8) and torch.equal(a[4], c[4])
+        assert relative(a[4], one[4]) < 1e-12
+    assert single[-1][0] < 0.9 * single[0][0]  # they lead somewhere
 
 
 DUAL = """
@@ -129,21 +160,13 @@ out = dict(kind=type(F).__name__, L=F.L, solve=F.solve(torch.eye(A.shape[0]).dou
 """
 
 
-def test_the_dual_with_samples_in_two_processes(tmp_path):
+def test_the_dual_with_samples_in_two_processes(together):
     """A stage that is not linear among them: its factor is gathered whole."""
-    _, loss, _, _, shares = problem()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 3)).double()
-    found = together(tmp_path, DUAL, model, loss, shares)
-    space = {"model": model, "loss": loss, "mine": shares[0] + shares[1], "torch": torch, "spectrum": spectrum}
-    exec(DUAL, space)
-    single = space["out"]
-    assert found[0]["kind"] == found[1]["kind"] == single["kind"] == "Dual"
+    (a, c), single = (found["dual"] for found in together), alone("dual")
+    assert a["kind"] == c["kind"] == single["kind"] == "Dual"
     for key in ("L", "solve", "diagonal"):
-        assert torch.equal(found[0][key], found[1][key]) and relative(found[0][key], single[key]) < 1e-12
-    assert (
-        relative(torch.cat([found[0]["outputs"], found[1]["outputs"]]), single["outputs"]) < 1e-11
-    )  # each has its own
+        assert torch.equal(a[key], c[key]) and relative(a[key], single[key]) < 1e-12
+    assert relative(torch.cat([a["outputs"], c["outputs"]]), single["outputs"]) < 1e-11  # each has its own
 
 
 FAILS = """
@@ -182,9 +205,8 @@ out.append(message(lambda: hinv.optim.GaussNewton(model, loss, sample=4)))
 """
 
 
-def test_what_fails_in_one_process_is_said_in_both_and_none_waits(tmp_path):
-    model, loss, _, _, shares = problem()
-    first, second = together(tmp_path, FAILS, model, loss, shares)
+def test_what_fails_in_one_process_is_said_in_both_and_none_waits(together):
+    first, second = (found["fails"] for found in together)
     assert "another process could not take" in first[0] and "batch 0 of the loader contains NaN" in second[0]
     assert "the loader is empty" in first[1] and "another process could not take" in second[1]
     assert "different weights" in first[2] and "different weights" in second[2]

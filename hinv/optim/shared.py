@@ -1,6 +1,7 @@
 """The Gauss-Newton matrix of a batch whose samples lie in several processes (torch.distributed), as `GaussNewton` asks for it."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ def weight(loss: losses.Loss, targets: Tensor) -> float:
     """
     if getattr(loss, "reduction", None) == "sum":
         return 1.0
-    own = torch.tensor([ranks.agreed(lambda: terms(loss, targets))], dtype=torch.float64, device=targets.device)  # ty: ignore
+    own = torch.tensor(
+        [ranks.agreed(lambda: terms(cast(nn.Module, loss), targets))], dtype=torch.float64, device=targets.device
+    )
     return (own / ranks.summed(lambda: own.clone(), own)).item()
 
 
