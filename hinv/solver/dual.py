@@ -119,9 +119,9 @@ class Dual(Inverse):
         return out / self.damping
 
     def _of_outputs(self) -> Float[Tensor, "B C C"]:
-        return torch.cat([self._of_chain(chain) for chain in self.D.chains])
+        return torch.cat([self.covariance(chain) for chain in self.D.chains])
 
-    def _of_chain(self, chain: Chain) -> Float[Tensor, "B C C"]:
+    def covariance(self, chain: Chain) -> Float[Tensor, "B C C"]:
         """The outputs' own J goes back once more, and meets D in k* = J D and itself in k** = J_n J_n^T: (k** - k* Gram^-1 k*^T) / eps."""
         outputs = chain.outputs.flatten(1)
         batch, C = outputs.shape
