@@ -14,7 +14,7 @@ from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 from hinv.shapes import Float, Int
 from hinv.solve import SolveReport, solve
-from hinv.solver.matrix import Matrix, checked_damping
+from hinv.solver.matrix import Matrix, checked_damping, counting
 from hinv.solver.verify import verify
 
 
@@ -61,7 +61,7 @@ class Curvature(Matrix):
 
     def logdet(self, damping: float = 1e-2) -> tuple[float, float]:
         """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`; AccuracyWarning where it has fewer than eight digits."""
-        return self.factor(damping, dtype=torch.float64).logdet
+        return counting(self, damping).logdet
 
     def effective_parameters(self, damping: float = 1e-2) -> float:
         """tr H (H + damping I)^-1 = sum over eigenvalues of lambda / (lambda + damping): how many directions the data determine (`hinv.GGN`, or H near a

@@ -21,8 +21,9 @@ from hinv.curvature import GGN
 from hinv.modes import exact
 from hinv.network import Chain, losses
 from hinv.shapes import Float
-from hinv.solver.dual import Dual, jacobian
+from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
+from hinv.solver.root import jacobian
 from hinv.spectrum.loader import terms
 from hinv.vectors import normal
 

@@ -11,23 +11,20 @@ D is never formed for linear stages: its column for output direction c of sample
 input, so D^T D adds up (delta_nc . delta_n'c') (z_n . z_n' + 1) over the stages. Cost O(sum over stages of B C a (a + B C)) and (B C)^3 / 3.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hinv.errors import SingularShiftError
-from hinv.network import Chain, Stage, derivatives, losses
+from hinv.network import Chain
 from hinv.shapes import Float
 
 from .factor import check_right_hand_side
 from .inverse import Inverse
+from .root import Root, alone, backpropagated, every, jacobian, kernel_of, rows_of
 
-# rows of D^T D formed at a time: all of them in one product waste half of it, few of them waste calls
-STRIPE = 768
 CHUNK = 2**22  # numbers formed at once
 
 
@@ -36,40 +33,17 @@ class Dual(Inverse):
 
     inverse_error = 0.0  # it is definite
 
-    def __init__(self, chain: Chain, damping: float):
+    def __init__(self, D: Root | Chain, damping: float):
         if not damping > 0:
             raise ValueError(f"the dual form needs damping > 0, not {damping}: use method='factor'")
-        self.damping, batch = damping, len(chain.inputs)
-        root = losses.root(chain.loss, chain.outputs, chain.targets)  # (B, C, r)
-        self.chain, self.batch, self.rank = chain, batch, root.shape[2]
-        size = batch * self.rank
-        gram = root.new_zeros(batch, self.rank, batch, self.rank)  # its lower triangle only
-        stripes = 1 + size // STRIPE
-        cuts = [batch * i // stripes for i in range(stripes + 1)]
-        # of each stage with parameters Z (B, a_in) if it is linear and not shared over positions, else D_l (p, BC); the deltas of the former
-        self.stages, deltas = [], []
-        for stage, kept, delta in backpropagated(chain, root):
-            self.stages.insert(0, kept)
-            if not _alone(stage):
-                gram += (kept.T @ kept).view_as(gram)
-                continue
-            deltas.insert(0, delta)
-            rows, kernel = _rows(delta), _kernel(stage)[:, None, :, None]
-            for top, end in itertools.pairwise(cuts):
-                block = gram[top:end, :, :end]
-                outer = rows[top * self.rank : end * self.rank] @ rows[: end * self.rank].T
-                block.addcmul_(outer.view_as(block), kernel[top:end, :, :end])
-        gram = gram.view(size, size)
+        self.D = D = Root(D) if isinstance(D, Chain) else D
+        self.damping, self.names, self.sizes = damping, D.names, D.sizes
+        gram = D.gram()
         gram.diagonal().add_(damping)
         self.L, info = torch.linalg.cholesky_ex(gram)
         if info.item():
             raise SingularShiftError(f"GGN + {damping:g} I is singular to working precision: use more damping")
-        owners = [stage for stage in chain.live if stage.parameters]
-        self.names, self.like = [stage.name for stage in owners], gram.new_zeros(0)
-        self.linear = [_alone(stage) for stage in owners]
-        self.sizes = [len(stage.x) for stage in owners]
-        self.units = [d.shape[1] for d in deltas]
-        self.delta = torch.cat(deltas, 1) if deltas else gram.new_zeros(batch, 0, self.rank)  # (B, sum of a_out, r)
+        self.like = gram.new_zeros(0)
 
     def __repr__(self) -> str:
         P, n = sum(self.sizes), len(self.L)
@@ -90,41 +64,8 @@ class Dual(Inverse):
         if not b.numel():
             return b.clone()
         g = b.reshape(len(b), -1).to(self.L.dtype).T.contiguous()  # (k, P): a column's weights lie together
-        x = g - self._apply(torch.cholesky_solve(self._transpose(g), self.L))
+        x = g - self.D.apply(torch.cholesky_solve(self.D.transpose(g), self.L))
         return (x / self.damping).T.reshape(b.shape).to(b.dtype)
-
-    def _pieces(self, g: Float[Tensor, "k P"]) -> list[tuple[bool, Tensor, Tensor]]:
-        """(whether it is linear, Z or D_l, its columns of g) for each stage."""
-        return list(zip(self.linear, self.stages, g.split(self.sizes, 1), strict=True))
-
-    def _transpose(self, g: Float[Tensor, "k P"]) -> Float[Tensor, "n k"]:
-        """D^T g^T, (BC, k) for g (k, P)."""
-        k, moved, inner = len(g), [g.new_zeros(self.batch, len(g), 0)], 0.0
-        for linear, kept, piece in self._pieces(g):
-            if not linear:
-                inner = inner + kept.T @ piece.T
-                continue
-            units, fan_in = self.units[len(moved) - 1], kept.shape[1]
-            weights, bias = piece[:, : units * fan_in].reshape(-1, fan_in), piece[:, units * fan_in :]
-            product = torch.addmm(bias.reshape(-1), kept, weights.T) if bias.numel() else kept @ weights.T
-            moved.append(product.view(self.batch, k, units))
-        return inner + (torch.cat(moved, 2) @ self.delta).mT.reshape(-1, k)
-
-    def _apply(self, w: Float[Tensor, "n k"]) -> Float[Tensor, "k P"]:
-        """(D w)^T, (k, P) for w (BC, k)."""
-        k = w.shape[1]
-        moved = w.view(self.batch, self.rank, k).mT @ self.delta.mT  # (B, k, sum of a_out)
-        columns, out = list(moved.split(self.units, 2)), w.new_empty(k, sum(self.sizes))
-        for linear, kept, piece in self._pieces(out):
-            if not linear:
-                piece.copy_((kept @ w).T)
-                continue
-            column = columns.pop(0).reshape(self.batch, -1)  # (B, k a_out)
-            weights = (column.T @ kept).view(k, -1)
-            piece[:, : weights.shape[1]] = weights
-            if piece.shape[1] > weights.shape[1]:
-                piece[:, weights.shape[1] :] = column.sum(0).view(k, -1)
-        return out
 
     # -- the inverse (`hinv.solver.inverse`) ----------------------------------------------------------------------------
 
@@ -134,25 +75,17 @@ class Dual(Inverse):
         P = sum(self.sizes)
         if len(self.L) <= P:
             return None
-        D = torch.cat([self._formed(number) for number in range(len(self.sizes))])
-        matrix = D @ D.T
+        matrix = torch.cat([self.D.formed(number) for number in range(len(self.sizes))])
+        matrix = matrix @ matrix.T
         matrix.diagonal().add_(self.damping)
         return torch.linalg.cholesky(matrix)
-
-    def _formed(self, number: int) -> Float[Tensor, "p n"]:
-        """D_l."""
-        if not self.linear[number]:
-            return self.stages[number]
-        owner = sum(self.linear[:number])
-        delta = self.delta.split(self.units, 1)[owner]
-        return _outer(self.stages[number], delta, self.sizes[number])
 
     def _diagonal(self) -> Float[Tensor, " P"]:
         if self._small is not None:
             return torch.cholesky_inverse(self._small).diagonal().clone()
-        gram, out = torch.cholesky_inverse(self.L).view(self.batch, self.rank, -1), []
-        deltas = list(self.delta.split(self.units, 1))
-        for linear, kept, p in zip(self.linear, self.stages, self.sizes, strict=True):
+        gram, out = torch.cholesky_inverse(self.L).view(self.D.batch, self.D.rank, -1), []
+        deltas = list(self.D.delta.split(self.D.units, 1))
+        for linear, kept, p in zip(self.D.linear, self.D.stages, self.sizes, strict=True):
             if linear:
                 out.append(self._quadratic(kept, deltas.pop(0), gram, p))
             else:
@@ -163,9 +96,9 @@ class Dual(Inverse):
         self, z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], gram: Float[Tensor, "B r n"], p: int
     ) -> Float[Tensor, " p"]:
         """The diagonal of D_l Gram^-1 D_l^T: sum_nn' z_ni W^o_nn' z_n'i, W^o_nn' = sum_cc' delta_nco [Gram^-1]_nc,n'c' delta_n'c'o; z = 1 for a bias."""
-        batch, weights, biases = self.batch, [], []
+        batch, weights, biases = self.D.batch, [], []
         for some in delta.split(max(1, CHUNK // (batch * max(gram.shape[2], z.shape[1]))), 1):
-            half = (some @ gram).view(batch, -1, batch, self.rank)
+            half = (some @ gram).view(batch, -1, batch, self.D.rank)
             W = (half * some.transpose(0, 1)).sum(3).transpose(0, 1)  # (units, B, B)
             weights.append(((W @ z) * z).sum(1))
             biases.append(W.sum((1, 2)))
@@ -180,13 +113,13 @@ class Dual(Inverse):
         end, p = sum(self.sizes[: number + 1]), self.sizes[number]
         if self._small is not None:
             return torch.cholesky_inverse(self._small)[end - p : end, end - p : end]
-        half = torch.linalg.solve_triangular(self.L, self._formed(number).T, upper=False)
+        half = torch.linalg.solve_triangular(self.L, self.D.formed(number).T, upper=False)
         out = half.T @ -half
         out.diagonal().add_(1.0)
         return out / self.damping
 
     def _of_outputs(self) -> Float[Tensor, "B C C"]:
-        return self.covariance(self.chain)
+        return torch.cat([self.covariance(chain) for chain in self.D.chains])
 
     def covariance(self, chain: Chain) -> Float[Tensor, "T C C"]:
         """(T, C, C) J_t (GGN + damping I)^-1 J_t^T of the samples of a chain through the same network, these or others.
@@ -199,14 +132,13 @@ class Dual(Inverse):
             return torch.einsum("pnc,pnd->ncd", half, half)
         outputs = chain.outputs.flatten(1)
         samples, C = outputs.shape
-        k, own = outputs.new_zeros(samples, C, self.batch, self.rank), outputs.new_zeros(samples, C, C)
-        stages, deltas = self.stages[::-1], list(self.delta.split(self.units, 1))
-        for (stage, kept, delta), D in zip(backpropagated(chain, _every(outputs)), stages, strict=True):
-            if _alone(stage):
-                bias = float(stage.has_bias)
-                kernel = kept @ D.T + bias
-                k.addcmul_((_rows(delta) @ _rows(deltas.pop()).T).view_as(k), kernel[:, None, :, None])
-                own += (delta.mT @ delta) * (kept.square().sum(1) + bias)[:, None, None]
+        k, own = outputs.new_zeros(samples, C, self.D.batch, self.D.rank), outputs.new_zeros(samples, C, C)
+        stages, deltas = self.D.stages[::-1], list(self.D.delta.split(self.D.units, 1))
+        for (stage, kept, delta), D in zip(backpropagated(chain, every(outputs)), stages, strict=True):
+            if alone(stage):
+                kernel = kernel_of(kept, D, stage.has_bias)
+                k.addcmul_((rows_of(delta) @ rows_of(deltas.pop()).T).view_as(k), kernel[:, None, :, None])
+                own += (delta.mT @ delta) * (kept.square().sum(1) + float(stage.has_bias))[:, None, None]
             else:
                 k += (kept.T @ D).view_as(k)
                 J = kept.view(-1, samples, C)
@@ -222,80 +154,4 @@ class Dual(Inverse):
         """Matheron's rule: a draw from the prior, moved by what a noisy observation of D^T x says."""
         prior, observed = noise.split([sum(self.sizes), len(self.L)])
         x = prior.T / self.damping**0.5
-        return (x - self._apply(torch.cholesky_solve(self._transpose(x) + observed, self.L))).T
-
-
-def backpropagated(chain: Chain, delta: Float[Tensor, "B C r"]) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-    """Directions in the outputs, r for each sample, carried back through the network: of each stage with parameters, the last one first, its input Z and the
-    deltas behind it (B, a_out, r), or where it is not `_alone` what they are together, D_l = J_l^T delta (p, B r)."""
-    live, signals = chain.live, [delta]  # of the state's segments
-    for number in reversed(range(len(live))):
-        stage = live[number]
-        if stage.kind == "wiring":
-            signals = stage.wiring.back(signals)
-            continue
-        delta = signals[-1]
-        if _alone(stage):
-            yield stage, stage.inputs, delta
-            if number:  # nobody asks for the deltas of the input, which may be much wider than any layer
-                delta = stage.weight.T @ delta
-        elif stage.kind == "elementwise":
-            delta = stage.slope.unsqueeze(2) * delta
-        else:
-            D, before = (_shared if stage.kind == "linear" else _general)(stage, delta, number > 0)
-            if stage.parameters:
-                yield stage, D, delta
-            delta = before
-        signals[-1] = delta
-
-
-def jacobian(chain: Chain) -> Float[Tensor, "P n"]:
-    """(P, B C) J^T: the derivatives of every output of every sample in the parameters, formed. Cost: C walks back, and P B C numbers."""
-    columns = [
-        _outer(kept, delta, len(stage.x)) if _alone(stage) else kept
-        for stage, kept, delta in backpropagated(chain, _every(chain.outputs.flatten(1)))
-    ]
-    return torch.cat(columns[::-1])
-
-
-def _every(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B C C"]:
-    """Each output of each sample as a direction."""
-    return torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device).expand(len(outputs), -1, -1)
-
-
-def _rows(delta: Float[Tensor, "B a_out r"]) -> Float[Tensor, "n a_out"]:
-    """((n, c), a_out)."""
-    return delta.mT.reshape(-1, delta.shape[1])
-
-
-def _kernel(stage: Stage) -> Float[Tensor, "B B"]:
-    return stage.inputs @ stage.inputs.T + float(stage.has_bias)
-
-
-def _outer(z: Float[Tensor, "B a_in"], delta: Float[Tensor, "B a_out r"], p: int) -> Float[Tensor, "p n"]:
-    """D_l of a stage that is `_alone`, formed; its biases are what p leaves."""
-    weights = torch.einsum("nor,ni->oinr", delta, z).reshape(-1, len(z) * delta.shape[2])
-    if p == len(weights):
-        return weights
-    return torch.cat([weights, delta.transpose(0, 1).flatten(1)])
-
-
-def _alone(stage: Stage) -> bool:
-    """Whether a stage is linear and meets each sample once: then D_l stays in its factors."""
-    return stage.kind == "linear" and stage.inputs.ndim == 2
-
-
-def _shared(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> tuple[Tensor, Tensor]:
-    """D_l = sum_t delta_nt z_nt^T (p, B r) of a linear stage shared over positions, and the deltas before it."""
-    batch, rank = len(delta), delta.shape[2]
-    at = delta.view(batch, -1, len(stage.weight), rank)  # (B, T, a_out, r)
-    z = torch.cat([stage.rows, stage.ones], 1).view(*at.shape[:2], -1)
-    weights, bias = torch.einsum("ntor,nti->oinr", at, z).split([stage.rows.shape[1], stage.has_bias * 1], 1)
-    D = torch.cat([weights.reshape(-1, batch * rank), bias.reshape(-1, batch * rank)])
-    return D, (stage.weight.T @ at).reshape(batch, -1, rank) if wrt_input else delta
-
-
-def _general(stage: Stage, delta: Float[Tensor, "B rows r"], wrt_input: bool) -> tuple[Tensor, Tensor]:
-    block = derivatives(stage, wrt_input)
-    D = torch.einsum("nop,noc->pnc", block.J, delta).flatten(1)
-    return D, delta if block.A is None else block.A.mT @ delta
+        return (x - self.D.apply(torch.cholesky_solve(self.D.transpose(x) + observed, self.L))).T

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from hinv.network import Chain, losses
+from hinv.network.stages import RESHAPES
 
+from .kept import segment
 from .parts import Convolution, Dense, Diagonal, Linear, SmallLinear, Wired, kind
 from .products import COLUMNS
 from .small import SMALL
@@ -26,7 +28,7 @@ class Estimate:
     batch: int
     method: str
     flops: dict[str, float]  # by method
-    bytes: dict[str, int]  # peak, by method
+    bytes: dict[str, int]  # peak, by method; "checkpoints": of a factor that keeps these alone, and of a solve with it
     overhead: dict[str, float]  # by method: what calls cost, in flops
 
     def __str__(self) -> str:
@@ -70,6 +72,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     P = sum(p.numel() for p in chain.parameters)
     known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
     flops, kept, peak, dual = 0.0, 0, 0, 0.0
+    stages: list[tuple[int, int, int]] = []  # from the loss on: V behind it, what it keeps, what it takes
     classes = chain.outputs[0].numel()
     for number in reversed(range(len(live))):
         stage = live[number]
@@ -129,11 +132,17 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             dual += 2 * batch * classes * (a_out * (a_in + batch * classes))
         peak = max(peak, kept + keep + scratch)
         kept += keep
+        if not isinstance(stage.module, RESHAPES):
+            stages.append(((rows + passed) ** 2, keep, scratch))
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
     alive = P + 4 * sum(
         stage.outputs.numel() for stage in live
     )  # of one product, of which many columns are taken at once
-    size = {"factor": int(item * peak), "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS)))}
+    size = {
+        "factor": int(item * peak),
+        "checkpoints": int(item * by_checkpoints(stages)),
+        "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS))),
+    }
     if gauss_newton:
         cost["dual"] = dual + (batch * classes) ** 3 / 3
         size["dual"] = item * (
@@ -143,3 +152,14 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     overhead = {"factor": 1e7 * (2 + len(live)), "dual": 1e7 * len(live), "dense": 2e7}
     method = min(cost, key=lambda name: cost[name] + overhead[name])
     return Estimate(P, batch, method, cost, size, overhead)
+
+
+def by_checkpoints(stages: list[tuple[int, int, int]]) -> int:
+    """Numbers alive at the peak of a solve (`kept.Checkpoints`): V before every segment, and of one segment what is kept and taken."""
+    peak, saved, length = 0, 0, segment(len(stages))
+    for start in range(0, len(stages), length):
+        kept, saved = 0, saved + stages[start][0]
+        for _, keep, scratch in stages[start : start + length]:
+            kept += keep
+            peak = max(peak, kept + scratch)
+    return saved + peak
