@@ -133,6 +133,10 @@ def test_laplace_torch_agrees_where_it_is_exact(trained, structure):
     evidence, covariance = other.log_marginal_likelihood().item(), ours.predict(new)[1]
     if structure == "full":
         assert evidence == pytest.approx(ours.log_evidence(), rel=1e-6)
+        again = hinv.laplace(
+            other.model, loss, x, y, other.prior_precision.item()
+        )  # as docs/guide.md goes from there to here
+        assert again.log_evidence() == pytest.approx(ours.log_evidence(), rel=1e-12)
         assert relative(variance, covariance) < 1e-6
     else:  # an approximation, and off by more than rounding: the day it is not, this file must look again
         assert abs(evidence - ours.log_evidence()) > 1.0
