@@ -20,7 +20,7 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test check bench fuzz cuda wheel lab clean
+.PHONY: help setup reproduce notebooks parameters test check bench fuzz cuda distributed wheel lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -70,11 +70,14 @@ fuzz: $(STAMP)  ## random networks and calls against dense matrices (SECONDS=600
 	$(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
 # tests of what has no device of its own to care for (training, notebooks, peers) run on the CPU alone
-ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain
+ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain posterior laplace poles
 
 cuda: $(STAMP)  ## the tests of the mathematics and the figures of speed on this machine's GPU, results/gpu.json
 	HINV_DEVICE=cuda $(PY) -m pytest -q -n $(JOBS) $(ON_CUDA:%=tests/test_%.py)
 	$(PY) -m hinv.companion.bench --device cuda
+
+distributed: $(STAMP)  ## two processes on this machine: products, factorizations and Gauss-Newton steps as those of one
+	$(PY) -m pytest -q tests/test_distributed.py
 
 wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outside the source tree
 	rm -rf dist build/wheel

@@ -5,6 +5,7 @@
     H.factor(damping)                        once, for many right-hand sides; inertia, log-determinant; the inverse's diagonal, blocks, trace; samples
     H.counts(edges), H.eigsh(k)              exact spectra, certified
     hinv.influence(H, x, y, damping)         of each training sample on the loss of others; hinv.leave_one_out
+    hinv.laplace(model, loss, x, y)          evidence and its maximum, predictive variances, samples
     hinv.optim, hinv.CurvatureMonitor        steps, and curvature during training
     hinv.jets                                networks that carry derivatives, for differential equations
     hinv.paper                               every matrix of the paper
@@ -18,7 +19,7 @@ from hinv.errors import AccuracyWarning, CertificateWarning, NotFiniteError, Sin
 from hinv.network import Residual, SharedLinear, jets, tall_skinny
 from hinv.optim import CurvatureMonitor
 from hinv.paper import BlockMatrix
-from hinv.posterior import influence, leave_one_out
+from hinv.posterior import influence, laplace, leave_one_out
 from hinv.solve import SolveReport
 from hinv.solver.estimate import Estimate
 from hinv.spectrum import Eigenpairs
@@ -39,6 +40,7 @@ __all__ = [
     "SolveReport",
     "influence",
     "jets",
+    "laplace",
     "leave_one_out",
     "optim",
     "paper",

@@ -14,7 +14,7 @@ from hinv.modes import exact, threads
 from hinv.network import Chain, losses
 from hinv.shapes import Float, Int
 from hinv.solve import SolveReport, solve
-from hinv.solver.matrix import Matrix, checked_damping
+from hinv.solver.matrix import Matrix, checked_damping, counting
 from hinv.solver.verify import verify
 
 
@@ -61,7 +61,7 @@ class Curvature(Matrix):
 
     def logdet(self, damping: float = 1e-2) -> tuple[float, float]:
         """(sign, log |det(H + damping I)|) by one factorization in float64. Errors as `factor`; AccuracyWarning where it has fewer than eight digits."""
-        return self.factor(damping, dtype=torch.float64).logdet
+        return counting(self, damping).logdet
 
     def effective_parameters(self, damping: float = 1e-2) -> float:
         """tr H (H + damping I)^-1 = sum over eigenvalues of lambda / (lambda + damping): how many directions the data determine (`hinv.GGN`, or H near a
@@ -156,6 +156,13 @@ class Curvature(Matrix):
             ValueError: the width is not positive. MemoryError: see `factor`; twice its bytes.
         """
         return spectrum.smoothed_count(self, shift, width)
+
+    def smoothed_density(self, shift: float, width: float) -> float:
+        """Im tr (H - (shift + i width) I)^-1 / pi: the density of eigenvalues at a shift (parameter^2 / loss), each spread to a Lorentzian of this half-width.
+
+        The derivative of `smoothed_count`, and its cost and selected inversion's, one to three factorizations. Arguments and errors as there.
+        """
+        return spectrum.smoothed_density(self, shift, width)
 
     # -- solves (`hinv.solve`) -----------------------------------------------------------------------------------------
 

@@ -5,10 +5,9 @@ which pivots across stages. What was needed stands in the report.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,20 +17,7 @@ from hinv.modes import exact
 from hinv.shapes import Float
 from hinv.solver import krylov
 from hinv.solver.matrix import Matrix
-from hinv.solver.refine import Apply, preconditioned_gmres, refined, residual_of
-
-RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
-
-
-@dataclass(frozen=True)
-class SolveReport:
-    """What a solve did: `method` (the fallbacks it needed behind a plus), `damping`, `residual` ||(H + damping I)x - b|| / ||b|| (the
-    worst column, by an independent product), `refinements`."""
-
-    method: str
-    damping: float
-    residual: float
-    refinements: int
+from hinv.solver.refine import RTOL, Apply, SolveReport, power_of_two, preconditioned_gmres, refined, residual_of
 
 
 def _factor(H: Matrix, damping: float, rtol: float) -> Apply:
@@ -88,15 +74,6 @@ def solve(
             f"relative residual {report.residual:.1e} after {report.refinements} refinements, rtol {rtol:.0e} not reached"
         )
     return x * size, report, "; ".join(filter(None, remarks))
-
-
-def power_of_two(size: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
-    """The largest that is no larger than this positive size: scaling by it rounds nothing, so that the residual which is reported is that of what is given back.
-
-    By NumPy: torch 2.14's frexp of float64 is right up to 2^127 only.
-    """
-    array = size.cpu().numpy()
-    return torch.from_numpy(np.asarray(np.ldexp(np.ones_like(array), np.frexp(array)[1] - 1))).to(size)
 
 
 def _doubled(H: Matrix, apply: Apply) -> Apply:

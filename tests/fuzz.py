@@ -435,6 +435,45 @@ class Machine(RuleBasedStateMachine):
                 self.near(self.H.block(number), self.D[start:stop, start:stop], 1e-7, f"block {name}")
                 start = stop
 
+    @rule(data=st.data(), mode=st.sampled_from(list(MODES)))
+    def inverse(self, data, mode):
+        """Parts of the inverse against the eigenvalues' own; what it says itself that it lost is allowed."""
+        if self.H is None:
+            return
+        damping = self.damping(data)
+        with self.called("inverse", mode):
+            F = self.H.factor(damping, dtype=torch.float64)
+            diagonal, trace = F.inverse_diagonal(), F.inverse_trace()
+        if self.ended() or self.gap(damping) < 1e-9:
+            return
+        exact = torch.linalg.inv(self.D + damping * torch.eye(len(self.D), dtype=self.D.dtype)).diagonal()
+        lost = 100 * F.inverse_error + 1e-13 * len(self.D) / self.gap(damping) ** 2
+        allowed = lost if self.dtype == torch.float64 else max(lost, 2e-3 / self.gap(damping))
+        error = (diagonal.double() - exact).norm() / exact.norm()
+        if not error <= allowed or not abs(trace - diagonal.sum().item()) <= 1e-8 * diagonal.abs().sum().item():
+            raise Finding(f"inverse_diagonal, damping {damping}: off by {error:.1e}, says {F.inverse_error:.1e}")
+
+    @rule(data=st.data(), mode=st.sampled_from(list(MODES)))
+    def absolute(self, data, mode):
+        """(|H| + damping I)^-1 b within the bound it states, and a smoothed count."""
+        if self.H is None or type(self.H) is GGN:
+            return
+        damping, b = self.size * data.draw(st.sampled_from([1.0, 0.1, 1e-2, 1e-3])), torch.randn(len(self.D)).double()
+        width, shift = 0.1 * self.size, self.size * data.draw(st.sampled_from([-0.3, 0.0, 0.2]))
+        with self.called("absolute_solve", mode):
+            x = self.H.double().absolute_solve(b, damping)
+            count = self.H.smoothed_count(shift, width)
+        if self.ended() or self.dtype == torch.float32:
+            return
+        values, vectors = torch.linalg.eigh(self.D)
+        exact = vectors @ ((vectors.T @ b) / (values.abs() + damping))
+        bound = self.H.double().last_poles.bound
+        if not (x - exact).norm() <= (1.01 * bound + 1e-9) * exact.norm():
+            raise Finding(f"absolute_solve, damping {damping}: off by {(x - exact).norm():.1e}, bound {bound:.1e}")
+        smooth = (0.5 + torch.arctan((shift - values) / width) / torch.pi).sum().item()
+        if not abs(count - smooth) <= 1e-6 * len(values):
+            raise Finding(f"smoothed_count at {shift}: {count}, dense {smooth}")
+
     @rule()
     def pickled(self):
         if self.H is None or not isinstance(self.loss, nn.Module):

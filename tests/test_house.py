@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up: a module knows those before it (and its own room); both rooms of one line stand side by side
 FLOORS = [
     {"errors", "shapes", "html", "modes"},
-    {"vectors"},
+    {"vectors", "ranks"},
     {"network"},
     {"paper", "solver"},
     {"solve", "spectrum"},
@@ -36,7 +36,7 @@ ONLY = {  # who alone may import what is heavy, or is an extra
     "filelock": {"companion/checks.py"},
     **{key: {"companion/peers.py", "optim/monitor.py"} for key in ("pyhessian", "hessian_eigenthings")},
     "backpack": {"companion/peers.py"},
-    "curvlinops": {"companion/peers.py", "spectrum/dataset.py"},
+    "curvlinops": {"companion/peers.py", "spectrum/estimates.py", "spectrum/streamed.py"},
     "jaxtyping": {"shapes.py"},
 }
 

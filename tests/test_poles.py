@@ -137,6 +137,8 @@ def test_smoothed_count(name):
         for shift in (0.0, 0.05, -0.01, at[-1].item(), 1e3):  # on eigenvalues too: nothing is refused
             expected = (0.5 + torch.arctan((shift - at) / 0.02) / torch.pi).sum().item()
             assert matrix.smoothed_count(shift, 0.02) == pytest.approx(expected, abs=1e-7)
+        expected = (0.02 / ((0.05 - at) ** 2 + 0.02**2)).sum().item() / torch.pi
+        assert matrix.smoothed_density(0.05, 0.02) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_norm_is_a_bound():
@@ -174,6 +176,8 @@ def test_what_is_refused_and_what_is_warned_of(unenforced):
         H.sign(b, 0.0)
     with pytest.raises(ValueError, match="width must be a positive number"):
         H.smoothed_count(0.1, 0.0)
+    with pytest.raises(ValueError, match="width must be a positive number"):
+        H.smoothed_density(0.1, -1.0)
     with pytest.raises(ValueError, match="expected"):
         H.absolute_solve(b[1:], 0.1)
     with pytest.warns(AccuracyWarning, match="20 poles"):

@@ -67,6 +67,7 @@ def test_everything_imported_is_pinned():
         "backpack": "backpack-for-pytorch",
         "curvlinops": "curvlinops-for-pytorch",
         "hessian_eigenthings": "hessian-eigenthings",
+        "laplace": "laplace-torch",
     }
     sources = [path.read_text() for folder in ("hinv", "tests") for path in (ROOT / folder).rglob("*.py")]
     sources += [

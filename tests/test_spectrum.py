@@ -57,11 +57,11 @@ def test_counts_are_kept_and_survive_an_interruption(monkeypatch):
     H, calls = network(), []
     factor = H.factor
 
-    def interrupted(damping, dtype):
+    def interrupted(damping, *how):
         calls.append(damping)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return factor(damping, dtype)
+        return factor(damping, *how)
 
     monkeypatch.setattr(H, "factor", interrupted)
     edges = [-9.0, -0.1, 0.1, 9.0]

@@ -93,6 +93,10 @@ class Descent:
             raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
         return value.item(), g
 
+    def _value(self, inputs: Tensor, targets: Tensor) -> float:
+        with torch.no_grad():
+            return float(self.loss(self.model(inputs), targets))
+
     def _move(self, d: Float[Tensor, " P"]) -> None:
         """One step of the torch optimizer with d in place of the gradient."""
         pieces = d.split([p.numel() for p in self.parameters])

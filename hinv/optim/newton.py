@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
+from hinv import ranks
 from hinv.curvature import GGN, Curvature, Hessian
 from hinv.network import losses
 from hinv.shapes import Float
@@ -14,6 +15,7 @@ from hinv.solver.dual import Dual
 
 from .descent import Direction
 from .preconditioned import Preconditioned
+from .shared import SharedGGN, summed, weight
 
 SHORTEST = 2.0**-30  # length of a step that a search tries
 
@@ -48,6 +50,10 @@ class GaussNewton(DampedNewton):
     a fixed damping (adapt=1, accept=False) and a rate below one are better. For least squares that can be met almost exactly, as a differential equation's
     residuals can, a small fixed damping (adapt=1, 1e-10) with search=True: there the direction is right long before its length is.
 
+    Where torch.distributed is initialized, the batch of a step is what all processes give together, each some samples of it, and all take the same step: inputs
+    and backpropagated deltas are gathered, each process forms its strips of the dual's Gram matrix, and all factor it. The loss must be a sum, or a mean of
+    torch.nn, and convex in the outputs; sample= stays None.
+
     Args:
         momentum: mu of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190): d minimizes |J d - r|^2 + eps |d - mu d_previous|^2, that is
             (G + eps I)^-1 (g + eps mu d_previous), d_previous the direction before (forgotten when a step is taken back). Between 0 and 1.
@@ -75,6 +81,25 @@ class GaussNewton(DampedNewton):
             raise ValueError(f"momentum must lie between 0 and 1 (excluded), not {momentum}")
         self.momentum, self.search = float(momentum), bool(search)
         self._previous: Float[Tensor, " P"] | None = None
+
+        if ranks.several():
+            if sample is not None:
+                raise ValueError(
+                    "with several processes the matrix is made from all of the batch: leave sample at None"
+                )
+            self.kind = SharedGGN
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Float[Tensor, " P"]]:
+        if not ranks.several():
+            return super()._gradient(inputs, targets)
+        own = super()._gradient
+        return summed(weight(self.loss, targets), lambda: own(inputs, targets), self._position())
+
+    def _value(self, inputs: Tensor, targets: Tensor) -> float:
+        if not ranks.several():
+            return super()._value(inputs, targets)
+        own, none = super()._value, self._position()[:0]
+        return summed(weight(self.loss, targets), lambda: (own(inputs, targets), none), none)[0]
 
     def _prior(self) -> Float[Tensor, " P"] | None:
         """mu d_previous."""

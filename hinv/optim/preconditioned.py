@@ -167,8 +167,7 @@ class Preconditioned(Descent):
     ) -> StepReport:
         """Measure rho, adjust the damping, and take the step back if it is to be."""
         decrease = -(g @ s + 0.5 * (s @ (C @ s))).item()
-        with torch.no_grad():
-            loss_after = float(self.loss(self.model(inputs), targets))
+        loss_after = self._value(inputs, targets)
         gain = report.loss - loss_after
         ratio = gain / decrease if decrease else math.nan
         good = math.isfinite(loss_after) and gain >= SUFFICIENT * max(decrease, 0.0)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from hinv.network import Chain, losses
+from hinv.network.stages import RESHAPES
 
+from .kept import segment
 from .parts import Convolution, Dense, Diagonal, Linear, SmallLinear, Wired, kind
 from .products import COLUMNS
 from .small import SMALL
@@ -26,7 +28,7 @@ class Estimate:
     batch: int
     method: str
     flops: dict[str, float]  # by method
-    bytes: dict[str, int]  # peak, by method
+    bytes: dict[str, int]  # peak, by method; "checkpoints": of a factor that keeps these alone, and of a solve with it
     overhead: dict[str, float]  # by method: what calls cost, in flops
 
     @property
@@ -77,6 +79,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
     flops, kept, peak, walked, products, formed = 0.0, 0, 0, 0.0, 0.0, 0
     columns = batch * chain.outputs[0].numel()  # of the dual, at most
+    stages: list[tuple[int, int, int]] = []  # from the loss on: V behind it, what it keeps, what it takes
     for number in reversed(range(len(live))):
         stage = live[number]
         structure = kind(stage, number > 0)
@@ -137,11 +140,17 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             products += 2.0 * columns**2 * a_out
         peak = max(peak, kept + keep + scratch)
         kept += keep
+        if not isinstance(stage.module, RESHAPES):
+            stages.append(((rows + passed) ** 2, keep, scratch))
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
     alive = P + 4 * sum(
         stage.outputs.numel() for stage in live
     )  # of one product, of which many columns are taken at once
-    size = {"factor": int(item * peak), "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS)))}
+    size = {
+        "factor": int(item * peak),
+        "checkpoints": int(item * by_checkpoints(stages)),
+        "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS))),
+    }
     if gauss_newton:
         gram = products + columns**3 / 3, 3 * columns**2
         small = 2.0 * P * P * columns + P**3 / 3, 3 * P * P + 2 * P * columns
@@ -152,3 +161,14 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     overhead = {"factor": 1e7 * (2 + len(live)), "dual": 1e7 * len(live), "dense": 2e7}
     method = min(cost, key=lambda name: cost[name] + overhead[name])
     return Estimate(P, batch, method, cost, size, overhead)
+
+
+def by_checkpoints(stages: list[tuple[int, int, int]]) -> int:
+    """Numbers alive at the peak of a solve (`kept.Checkpoints`): V before every segment, and of one segment what is kept and taken."""
+    peak, saved, length = 0, 0, segment(len(stages))
+    for start in range(0, len(stages), length):
+        kept, saved = 0, saved + stages[start][0]
+        for _, keep, scratch in stages[start : start + length]:
+            kept += keep
+            peak = max(peak, kept + scratch)
+    return saved + peak

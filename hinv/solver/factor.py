@@ -30,8 +30,9 @@ from hinv.shapes import Float, Inexact
 from hinv.vectors import normal, seeded
 
 from .inverse import Inverse
+from .kept import Checkpoints, Pivots, Share
 from .memory import Holes
-from .parts import Eliminated, HeadPivot, Spread, Structure
+from .parts import Eliminated, Spread, Structure
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
@@ -47,6 +48,35 @@ def check_right_hand_side(b: Any, P: int) -> None:
         raise ValueError(f"the right-hand side has shape {tuple(b.shape)}; expected ({P},) or ({P}, k)")
 
 
+class Elimination:
+    """The recursion from V_L to the first stage, or over some of the stages from a V kept on the way (`hinv.solver.kept`)."""
+
+    def __init__(self, structure: Structure, damping: complex, scarce: bool):
+        self.stages, self.V = structure[0][::-1], structure[1]
+        self.damping, self.holes = damping, Holes(scarce)
+
+    def all(self) -> list[Eliminated]:
+        return [pivot for pivot, _, _ in self.run(0, len(self.stages), self.V, True)]
+
+    def run(
+        self, start: int, end: int, V: Tensor | None, definite: bool
+    ) -> Iterator[tuple[Eliminated, Tensor | None, bool]]:
+        """Each stage eliminated, V before it (overwritten by the next), and whether all pivots were positive so far."""
+        V = None if V is None else V.clone()
+        for stage, part in self.stages[start:end]:
+            try:
+                # once an S_l was not definite, the next mostly are not either, and a Cholesky that fails is lost time
+                pivot, V = part.eliminate(V, self.damping, definite)
+            except SingularPivotError as error:
+                raise SingularShiftError(
+                    f"no factorization of H + ({self.damping:g}) I: at {stage}, {error}. The damping is minus an eigenvalue, or next to one of a "
+                    "later part of the network; change it a little, or use solve(method='sparse'), which pivots across stages"
+                ) from error
+            definite = definite and pivot.negative == 0
+            yield pivot, V, definite
+            self.holes(0 if V is None else 4 * V.nbytes)
+
+
 class Factor(Inverse):
     """(H + damping I) or (GGN + damping I), factored: solve, inertia, logdet, parts of the inverse and samples.
 
@@ -55,48 +85,48 @@ class Factor(Inverse):
     """
 
     def __init__(
-        self, structure: Structure, damping: complex, product: Callable[[Tensor], Tensor], scarce: bool = False
+        self,
+        structure: Structure,
+        damping: complex,
+        product: Callable[[Tensor], Tensor],
+        scarce: bool = False,
+        keep: str = "all",
     ):
-        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`).
+        """structure: of `parts`; product: v -> H v, independent of it; scarce: whether memory is (`memory.Holes`); keep: see `hinv.solver.kept`.
 
         A damping off the real axis, with a complex structure, is `resolvent`'s.
         """
         stages, V = structure
         self.damping, self.product = damping, product
-        self.pivots: list[Eliminated] = []
-        self.rows = 0 if V is None else len(V)
+        self.rows = None if V is None else len(V)  # None where a `Head` knows V
         self.largest = max(stage.outputs.numel() for stage, _ in stages)
+        self.pivots: Pivots
+        self.shares: Sequence[Eliminated | Share]  # of each pivot, what inertia, determinant and samples ask of it
         with threads(self.largest):
-            self._eliminate(structure, damping, Holes(scarce))
+            elimination = Elimination(structure, damping, scarce)
+            if keep == "all":
+                self.pivots = self.shares = elimination.all()
+            else:
+                self.pivots = Checkpoints(elimination)
+                self.shares = self.pivots.shares
         self.sizes, self.batch = [part.p for _, part in stages], len(stages[0][0].inputs)
         self.owners = [number for number, (stage, _) in enumerate(stages) if stage.parameters]
         self.names = [stages[number][0].name for number in self.owners]
         self.like = stages[0][0].inputs[:0]
         self.dtype, self.device = self.like.dtype, self.like.device
 
-    def _eliminate(self, structure: Structure, damping: complex, holes: Holes) -> None:
-        stages, V = structure
-        V = None if V is None else V.clone()
-        definite = True  # once an S_l was not, the next mostly are not either, and a Cholesky that fails is lost time
-        for stage, part in reversed(stages):
-            try:
-                pivot, V = part.eliminate(V, damping, definite)
-            except SingularPivotError as error:
-                raise SingularShiftError(
-                    f"no factorization of H + ({damping:g}) I: at {stage}, {error}. The damping is minus an eigenvalue, or next to one of a "
-                    "later part of the network; change it a little, or use solve(method='sparse'), which pivots across stages"
-                ) from error
-            self.pivots.append(pivot)
-            definite = definite and pivot.negative == 0
-            holes(0 if V is None else 4 * V.nbytes)
+    @property
+    def negative(self) -> int:
+        """Negative pivots, whatever they are worth (`uncertainty`)."""
+        return sum(share.negative for share in self.shares)
 
     def __repr__(self) -> str:
-        P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
+        P, negative = sum(self.sizes), self.negative
         certain = f" (uncertainty {self.uncertainty:.0e})" if negative else ""
         return f"Factor({P} x {P}, damping {self.damping:g}, {len(self.pivots)} stages, {negative} negative pivots{certain}, {self.dtype})"
 
     def _repr_html_(self) -> str:
-        P, negative = sum(self.sizes), sum(pivot.negative for pivot in self.pivots)
+        P, negative = sum(self.sizes), self.negative
         rows = {
             "damping": f"{self.damping:g}",
             "stages": len(self.pivots),
@@ -116,7 +146,7 @@ class Factor(Inverse):
         One solve and one product of eight columns: for a normal vector b, b - (H + damping I) x = E x has about that norm, and the largest of eight is
         less than a tenth of it once in 10^9 times even where E has rank one. (A single vector is once in twelve times.)
         """
-        if not any(pivot.negative for pivot in self.pivots):  # a definite matrix only shrinks V: Cholesky is stable
+        if not self.negative:  # a definite matrix only shrinks V: Cholesky is stable
             return 0.0
         P = sum(self.sizes)
         b = normal((P, PROBES), self.like, seeded(0))
@@ -136,8 +166,7 @@ class Factor(Inverse):
                 f"the inertia of H + ({self.damping:g}) I is not certain: the damping is next to minus an eigenvalue of H, or of a later part of "
                 f"the network (rounding errors are {self.uncertainty:.1g} of what it takes). Change it a little, or factor in float64"
             )
-        negative = sum(pivot.negative for pivot in self.pivots)
-        return sum(self.sizes) - negative, negative, 0
+        return sum(self.sizes) - self.negative, self.negative, 0
 
     @property
     def logdet(self) -> tuple[float, float]:
@@ -146,7 +175,7 @@ class Factor(Inverse):
         Warns:
             AccuracyWarning: rounding errors leave it fewer than eight digits. Raises: as `inertia`.
         """
-        sign, value = (-1.0) ** self.inertia[1], sum(pivot.log_abs_det for pivot in self.pivots)
+        sign, value = (-1.0) ** self.inertia[1], sum(share.log_abs_det for share in self.shares)
         if self.uncertainty > 1e-8 * max(1.0, abs(value)):
             warnings.warn(
                 f"the log-determinant is certain to {self.uncertainty:.1g} only: the damping {self.damping:g} is close to minus an eigenvalue of a "
@@ -171,20 +200,20 @@ class Factor(Inverse):
             return self._sweeps(b.reshape(len(b), -1).to(self.dtype)).reshape(b.shape).to(b.dtype)
 
     def _sweeps(self, b: Inexact[Tensor, "P k"]) -> Inexact[Tensor, "P k"]:
-        r, kept = None, []
-        pieces = b.split(self.sizes)
-        if not isinstance(self.pivots[0], HeadPivot):
-            r = pieces[0].new_zeros(self.rows, pieces[0].shape[1])
+        kept, pieces = [], b.split(self.sizes)
+        r = None if self.rows is None else b.new_zeros(self.rows, b.shape[1])
         for pivot, g in zip(self.pivots, reversed(pieces), strict=True):
             h, r = pivot.backward(r, g)
             kept.append(h)
         return self._forwards(kept[::-1])
 
-    def _forwards(self, kept: Sequence[Any]) -> Inexact[Tensor, "P k"]:
-        """x from what the sweep back left of each stage."""
+    def _forwards(
+        self, kept: Sequence[Any], ready: Callable[[Eliminated, Any], Any] = lambda pivot, h: h
+    ) -> Inexact[Tensor, "P k"]:
+        """x from what the sweep back left of each stage, or from what `ready` makes of it."""
         y, x = None, []
         for pivot, h in zip(reversed(self.pivots), kept, strict=True):
-            step, y = pivot.forward(h, y)
+            step, y = pivot.forward(ready(pivot, h), y)
             x.append(step)
         return torch.cat(x)
 
@@ -220,7 +249,7 @@ class Factor(Inverse):
         them are spread over the stages, half are in the last one: an eigenvalue of a later part spoils what lies behind it. 0 where all pivots are
         positive, as `uncertainty`: then the error is rounding times the condition number, as a solve's.
         """
-        if not any(pivot.negative for pivot in self.pivots):
+        if not self.negative:
             return 0.0
         P, ends = sum(self.sizes), [0, *itertools.accumulate(self.sizes)]
         owners = [self.owners[i] for i in spaced(len(self.owners), UNITS // 2)]
@@ -235,13 +264,12 @@ class Factor(Inverse):
 
     @property
     def noises(self) -> int:
-        return sum(pivot.noises for pivot in self.pivots)
+        return sum(share.noises for share in self.shares)
 
     def colored(self, noise: Float[Tensor, "noises n"]) -> Float[Tensor, "P n"]:
         with threads(self.largest):
-            pivots = self.pivots[::-1]
-            pieces = noise.split([pivot.noises for pivot in pivots])
-            return self._forwards([pivot.color(piece) for pivot, piece in zip(pivots, pieces, strict=True)])
+            pieces = noise.split([share.noises for share in reversed(self.shares)])
+            return self._forwards(pieces, lambda pivot, piece: pivot.color(piece))
 
 
 def spaced(n: int, count: int) -> list[int]:

@@ -14,7 +14,8 @@ from hinv.network import Chain, losses
 from .dual import Dual
 from .estimate import Estimate, estimate
 from .factor import Factor
-from .memory import require
+from .kept import KEEP
+from .memory import SMALL_NEED, available, require
 from .parts import Structure, parts
 from .products import Products
 
@@ -51,7 +52,7 @@ class Matrix(Products):
         return self._estimates[dtype]
 
     @exact()
-    def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None) -> Factor | Dual:
+    def factor(self, damping: float = 1e-2, dtype: torch.dtype | None = None, keep: str = "all") -> Factor | Dual:
         """Factor H + damping I once, for many right-hand sides, its inertia and its determinant.
 
         Source: `hinv.solver.factor`, the symmetric stagewise elimination (the paper's K, eliminated from the loss backwards). Derivatives are computed
@@ -60,6 +61,9 @@ class Matrix(Products):
         Args:
             damping: shift (loss / parameter^2), of any sign: H - sigma I with damping = -sigma.
             dtype: of the arithmetic; the model's by default. float64 for a float32 model costs twice and loses no digits to small pivots.
+            keep: "all" stages, or "checkpoints": V at every sqrt(L)-th of them, from which the others are made again, to the bit. Memory of 2 sqrt(L)
+                stages instead of L; a solve then costs two factorizations more, inertia and determinant nothing (of an indefinite matrix a solve, which
+                measures how far they are to be believed).
 
         Returns:
             a `Factor` with solve(b), inertia, logdet and parts of the inverse: inverse_diagonal(), inverse_block(stage), inverse_trace(),
@@ -75,8 +79,10 @@ class Matrix(Products):
         if prediction.factored == "dual" and damping > 0 and self._is_convex():
             require(prediction, "dual", self.device)
             return Dual(converted(self.chain, dtype), damping)
-        scarce = require(prediction, "factor", self.device)
-        return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype), scarce)
+        if keep not in KEEP:
+            raise ValueError(f"keep must be one of {', '.join(map(repr, KEEP))}, not {keep!r}")
+        scarce = require(prediction, KEEP[keep], self.device)
+        return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype), scarce, keep)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_structures": {}, "_others": {}}
@@ -108,6 +114,13 @@ class Matrix(Products):
         if self._convex is None:
             self._convex = losses.convex(self.chain.loss, self.chain.outputs, self.chain.targets)
         return self._convex
+
+
+def counting(H: Matrix, damping: float) -> Factor | Dual:
+    """H + damping I factored in float64 for its inertia and determinant alone: by checkpoints where all stages would not fit in memory."""
+    need = H._estimate(torch.float64).bytes["factor"]
+    fits = need <= SMALL_NEED or need <= available(H.device)
+    return H.factor(damping, torch.float64, "all" if fits else "checkpoints")
 
 
 def _multiplied(H: Matrix, dtype: torch.dtype, v: Tensor) -> Tensor:

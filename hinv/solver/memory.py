@@ -74,7 +74,7 @@ def require(prediction: Estimate, method: str, device: torch.device) -> bool:
         raise MemoryError(
             f"method '{method}' on {prediction.parameters:,} parameters and a batch of {prediction.batch} needs about {need:,} bytes; "
             f"{free:,.0f} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "
-            "float32, or an iterative method ('minres')"
+            "float32, factor(damping, keep='checkpoints') where the network is deep, or an iterative method ('minres')"
         )
     return 3 * need > free and device.type == "cpu"
 

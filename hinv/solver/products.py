@@ -34,7 +34,47 @@ def operator(shape: tuple[int, int], dtype: Any, **functions: Callable[[np.ndarr
     return make(shape, dtype=dtype, **functions)
 
 
-class Products:
+class Operator:
+    """What iterations and refinement need of a symmetric matrix: its size and arithmetic, and products."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def multiply(self) -> Callable[[Tensor], Tensor]:
+        """v (P,) -> the matrix times v, unchecked."""
+        raise NotImplementedError
+
+    def __matmul__(self, v: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
+        raise NotImplementedError
+
+    def checked(self, v: Any, what: str) -> Float[Tensor, "P ..."]:
+        """A vector (P,) or several (P, k) that fit this matrix, detached.
+
+        Raises:
+            ValueError, TypeError: another length, dtype or device, or not finite; `what` names it in the message.
+        """
+        if not isinstance(v, Tensor):
+            raise TypeError(f"{what} must be a torch tensor, not {type(v).__name__}: use torch.as_tensor")
+        if v.ndim not in (1, 2) or len(v) != self.shape[0]:
+            raise ValueError(f"{what} has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)")
+        if v.dtype != self.dtype or v.device != self.device:
+            raise TypeError(f"{what} is {v.dtype} on {v.device}, the model {self.dtype} on {self.device}: convert one")
+        if not v.isfinite().all():
+            raise ValueError(f"{what} contains NaN or infinite values")
+        return v.detach()
+
+
+class Products(Operator):
     """The Hessian of a chain, or its Gauss-Newton matrix, as an operator.
 
     Args:
@@ -120,7 +160,8 @@ class Products:
         return product
 
     def _columns(self, V: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return torch.func.vmap(self.multiply, in_dims=1, out_dims=1)(V) if V.shape[1] else V
+        # columns as rows first: torch before 2.14 cannot lay a product that does not depend on V (H = 0) beside itself
+        return torch.func.vmap(self.multiply, in_dims=1)(V).T if V.shape[1] else V
 
     def _pull_back(self, functions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Float[Tensor, " P"]:
         """Gradient of sum_i functions_i . weights_i in the parameters, (P,); functions that do not depend on them count as constants."""
@@ -154,21 +195,3 @@ class Products:
 
         dtype = self.gradient.cpu().numpy().dtype
         return operator(self.shape, dtype, matvec=matvec, rmatvec=matvec, matmat=multiply, rmatmat=multiply)
-
-    # -- checks --------------------------------------------------------------------------------------------------------
-
-    def checked(self, v: Any, what: str) -> Float[Tensor, "P ..."]:
-        """A vector (P,) or several (P, k) that fit this matrix, detached.
-
-        Raises:
-            ValueError, TypeError: another length, dtype or device, or not finite; `what` names it in the message.
-        """
-        if not isinstance(v, Tensor):
-            raise TypeError(f"{what} must be a torch tensor, not {type(v).__name__}: use torch.as_tensor")
-        if v.ndim not in (1, 2) or len(v) != self.shape[0]:
-            raise ValueError(f"{what} has shape {tuple(v.shape)}; expected ({self.shape[0]},) or ({self.shape[0]}, k)")
-        if v.dtype != self.dtype or v.device != self.device:
-            raise TypeError(f"{what} is {v.dtype} on {v.device}, the model {self.dtype} on {self.device}: convert one")
-        if not v.isfinite().all():
-            raise ValueError(f"{what} contains NaN or infinite values")
-        return v.detach()

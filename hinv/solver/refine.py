@@ -1,9 +1,10 @@
 """From an approximate inverse to a solution: iterative refinement, and GMRES with the factorization as preconditioner.
 
-Both take residuals with `Products`, which know nothing of the factorization.
+Both take residuals with products, which know nothing of the factorization.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,16 +12,29 @@ from torch import Tensor
 
 from hinv.shapes import Float
 
-from .products import Products, operator
+from .products import Operator, operator
 
 REFINEMENTS = 3
 KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
 
+RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a residual, by default
+
 Apply = Callable[[Tensor], Tensor]  # b (P,) or (P, k) -> approximately (H + damping I)^-1 b
 
 
+@dataclass(frozen=True)
+class SolveReport:
+    """What a solve did: `method` (the fallbacks it needed behind a plus), `damping`, `residual` ||(H + damping I)x - b|| / ||b|| (the
+    worst column, by an independent product), `refinements`."""
+
+    method: str
+    damping: float
+    residual: float
+    refinements: int
+
+
 def refined(
-    H: Products,
+    H: Operator,
     apply: Apply,
     b: Float[Tensor, "P *k"],
     damping: float,
@@ -42,7 +56,7 @@ def refined(
 
 
 def residual_of(
-    H: Products, x: Float[Tensor, "P *k"], b: Float[Tensor, "P *k"], damping: float
+    H: Operator, x: Float[Tensor, "P *k"], b: Float[Tensor, "P *k"], damping: float
 ) -> tuple[Float[Tensor, "P *k"], float]:
     """b - (H + damping I) x, and its size relative to b (the worst column); infinite where x is not finite."""
     if not x.isfinite().all():
@@ -53,7 +67,7 @@ def residual_of(
 
 
 def preconditioned_gmres(
-    H: Products, apply: Apply, b: Float[Tensor, "P *k"], damping: float, rtol: float
+    H: Operator, apply: Apply, b: Float[Tensor, "P *k"], damping: float, rtol: float
 ) -> Float[Tensor, "P *k"]:
     """GMRES on H + damping I preconditioned by a factorization that lost digits, column by column."""
     from scipy.sparse.linalg import gmres
@@ -73,3 +87,12 @@ def preconditioned_gmres(
         gmres(A, column.cpu().numpy(), M=M, rtol=0.1 * rtol, restart=KRYLOV, maxiter=1)[0] for column in columns.T
     ]
     return torch.stack([torch.from_numpy(x).to(b) for x in solved], dim=1).reshape(b.shape)
+
+
+def power_of_two(size: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
+    """The largest that is no larger than this positive size: scaling by it rounds nothing, so that the residual which is reported is that of what is given back.
+
+    By NumPy: torch 2.14's frexp of float64 is right up to 2^127 only.
+    """
+    array = size.cpu().numpy()
+    return torch.from_numpy(np.asarray(np.ldexp(np.ones_like(array), np.frexp(array)[1] - 1))).to(size)

@@ -52,6 +52,12 @@ class Resolvent:
             return self.factor._sweeps(b.reshape(len(b), -1)).reshape(b.shape).to(torch.complex128)
 
     @property
+    def trace(self) -> complex:
+        """tr (H - z I)^-1, by selected inversion (`hinv.solver.inverse`)."""
+        with threads(self.factor.largest):
+            return complex(sum(spread.diagonal().sum().item() for spread in self.factor._spreads()))
+
+    @property
     def log(self) -> complex:
         """log det(H - z I) = sum_i log(lambda_i - z), each imaginary part between - pi and 0."""
         pivots = self.factor.pivots

@@ -146,6 +146,12 @@ def smoothed_count(H: Matrix, shift: float, width: float) -> float:
     return -Resolvent(H.double(), complex(shift, width)).log.imag / math.pi
 
 
+def smoothed_density(H: Matrix, shift: float, width: float) -> float:
+    if not 0 < width < math.inf:
+        raise ValueError(f"the width must be a positive number, not {width}: counts has the sharp ones of bins")
+    return Resolvent(H.double(), complex(shift, width)).trace.imag / math.pi
+
+
 def _resolvent(H: Matrix, t: float, norm: float) -> Resolvent:
     """H - i t I, in single precision where refinement will give the digits back: errors grow with (norm / t)^2."""
     return Resolvent(H, 1j * t, torch.complex64 if t > SINGLE * norm else torch.complex128)

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from hinv.errors import CertificateWarning, SingularShiftError
 from hinv.shapes import Float, Int
-from hinv.solver.matrix import Matrix
+from hinv.solver.matrix import Matrix, counting
 
 
 def count_below(H: Matrix, shift: float) -> int:
     shift = float(shift)
     if shift not in H.counted:
-        F = H.factor(-shift, dtype=torch.float64)
+        F = counting(H, -shift)
         H.counted[shift], H.uncertain[shift] = F.inertia[1], getattr(F, "uncertainty", 0.0)
     return H.counted[shift]
 

@@ -54,6 +54,7 @@ def on_the_cpu() -> None:
         "13 choices": f.choices,
         "14 a busy neighbour": f.beside_a_neighbour,
         "15 memory": f.memory,
+        "16 the inverse": f.inverse,
     }
     machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     write("bench.json", machine, measure(steps))

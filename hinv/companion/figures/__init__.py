@@ -3,7 +3,20 @@
 style.py: colours, saving. structure.py: matrices. curves.py: measurements.
 """
 
-from .curves import bands, categories, curves, dots, fields, grown, plane, reached, spectrum, staircase
+from .curves import (
+    bands,
+    categories,
+    curves,
+    dots,
+    fields,
+    gallery,
+    grown,
+    plane,
+    reached,
+    scatter,
+    spectrum,
+    staircase,
+)
 from .structure import elimination, heatmaps, lifted, patterns
 from .style import save
 
@@ -14,6 +27,7 @@ __all__ = [
     "dots",
     "elimination",
     "fields",
+    "gallery",
     "grown",
     "heatmaps",
     "lifted",
@@ -21,6 +35,7 @@ __all__ = [
     "plane",
     "reached",
     "save",
+    "scatter",
     "spectrum",
     "staircase",
 ]

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from .style import GREY, PALETTE, Numbers, styles
 
@@ -274,4 +275,38 @@ def spectrum(
     axis.set(xlabel="eigenvalue, loss / parameter$^2$", ylabel="eigenvalues in the bin", title=title, ylim=(0, None))
     axis.legend(frameon=False)
     sns.despine(figure)
+    return figure
+
+
+def scatter(
+    series: Mapping[str, tuple[Numbers, Numbers]], xlabel: str, ylabel: str, title: str = "", log: bool = False
+) -> Figure:
+    """Estimates against the truth, one marker for each name -> (truth, estimate); the line is where they agree."""
+    figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
+    for name, (colour, marker), (x, y) in zip(series, styles(list(series)), series.values(), strict=True):
+        axis.plot(x, y, marker, color=colour, ms=6 if len(x) < 100 else 2, alpha=0.8, label=name)
+    everything = np.concatenate([np.asarray(x) for x, _ in series.values()])
+    ends = [float(everything.min()), float(everything.max())]
+    axis.plot(ends, ends, color="0.3", lw=1, ls="--")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log:
+        axis.set(xscale="log", yscale="log")
+    axis.legend(frameon=False, fontsize=9)
+    sns.despine(figure)
+    return figure
+
+
+def gallery(images: Sequence[Tensor], titles: Sequence[str], columns: int = 6) -> Figure:
+    """Pictures (channels, height, width) of any scale, side by side, each with its title."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        picture = np.asarray(image).transpose(1, 2, 0)
+        low, high = picture.min(), picture.max()
+        axis.imshow((picture - low) / max(high - low, 1e-12), cmap="gray", interpolation="nearest")
+        axis.set_title(title, fontsize=9)
     return figure

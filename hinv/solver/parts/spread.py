@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hinv.shapes import Array, Float
+from hinv.shapes import Array
+from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
 
 if TYPE_CHECKING:
     from .part import Part, Pivot

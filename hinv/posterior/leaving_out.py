@@ -1,13 +1,13 @@
 """What one training sample does to the loss on other data: its influence, and leaving it out.
 
-With M = H + damping I and the step d = -M^-1 g on the whole batch, sample n has the gradient g_n and the curvature H_n of its term in the loss. Without it
-the step is d_-n = -(M - H_n)^-1 (g - g_n), and the test loss, to first order in the steps, is higher by
+The weights are taken for a minimum of the loss plus damping |x|^2 / 2, the penalty that they were trained with: there its gradient is zero. M = H + damping I
+is its Hessian; sample n has the gradient g_n and the curvature H_n of its term in the loss. Without it, to first order in the test loss, that is higher by
 
-    leave_one_out    g_test^T (d_-n - d)       exact in the sample
-    influence        g_test^T M^-1 g_n         to first order in it, at a minimum (g = 0): the derivative of the above in the weight of the sample
+    leave_one_out    g_test^T (M - H_n)^-1 g_n     a Newton step of the objective without the sample
+    influence        g_test^T M^-1 g_n             the derivative in the weight of the sample
 
 For the Gauss-Newton matrix, H_n = J_n^T R_n R_n^T J_n and g_n = J_n^T R_n beta_n, all samples come from one Cholesky factor of the dual:
-d_-n - d = M^-1 J_n^T R_n v_n with v_n = ([Gram^-1]_nn)^-1 [Gram^-1 beta]_n, which keeps its digits where a sample determines its own prediction.
+(M - H_n)^-1 g_n = M^-1 J_n^T R_n v_n with v_n = (damping [Gram^-1]_nn)^-1 beta_n, which keeps its digits where a sample determines its own prediction.
 """
 
 import warnings
@@ -54,11 +54,11 @@ def influence(
 def leave_one_out(
     H: Curvature, inputs: Float[Tensor, "T ..."], targets: Tensor, damping: float = 1e-2
 ) -> Float[Tensor, " B"]:
-    """(B,) by how much the loss on test samples rises, to first order in the steps, when the damped Newton step is made without one sample of H's batch.
+    """(B,) by how much the loss on test samples rises, to first order in it, by a Newton step that leaves one sample of H's batch out.
 
-    g_test^T (d_-n - d), d = -(H + damping I)^-1 g and d_-n the same without the sample, the loss otherwise as it is (its 1 / B stays). With an `hinv.Hessian`
-    a step towards what retraining without the sample would find; with an `hinv.GGN` the exact minimizer of the quadratic model without it: leave-one-out
-    cross-validation of the linearized network, not retraining.
+    g_test^T (H - H_n + damping I)^-1 g_n, the loss otherwise as it is (its 1 / B stays), from a minimum of the loss plus damping |x|^2 / 2. With an `hinv.Hessian`
+    a step towards what retraining without the sample would find; with an `hinv.GGN` leave-one-out cross-validation of the linearized network, not retraining.
+    Source: Rad & Maleki, arXiv:1801.10243 (approximate leave-one-out), with exact inverses.
 
     Cost: `hinv.GGN` of a convex loss, one Cholesky factorization of size B C for all samples (`hinv.solver.dual`). Otherwise B solves by GMRES preconditioned
     with the factorization of the whole batch, some ten products each. Float64 arithmetic.
@@ -90,24 +90,22 @@ def _by_the_dual(D: Curvature, g: Float[Tensor, " P"], damping: float) -> Float[
     require(D.estimate(), "dual", D.device)
     L, (batch, rank) = Dual(chain, damping).L, beta.shape
     inner = torch.cholesky_inverse(L).view(batch, rank, batch, rank).diagonal(0, 0, 2).permute(2, 0, 1)
-    v = torch.linalg.solve(inner, torch.cholesky_solve(beta.reshape(-1, 1), L).view(batch, rank))
+    v = torch.linalg.solve(damping * inner, beta)
     moved = stagewise.moved(chain, D.solve(g, damping)).flatten(1)  # J M^-1 g_test
     return ((R.mT @ moved.unsqueeze(2)).squeeze(2) * v).sum(1)
 
 
 def _one_by_one(D: Curvature, g: Float[Tensor, " P"], damping: float) -> Float[Tensor, " B"]:
-    """By GMRES for d_-n - d itself, in which nothing cancels."""
-    d, rtol = -D.solve(D.gradient, damping), RTOL[torch.float64]
-    batch, F = len(D.chain.inputs), D.factor(damping)
-    if batch == 1:
-        return -(g @ d).reshape(1)  # without the only sample there is no step
-    out, worst = [], 0.0
+    rtol, batch = RTOL[torch.float64], len(D.chain.inputs)
+    if batch == 1:  # without the only sample the penalty is left alone
+        return (g @ D.gradient / damping).reshape(1)
+    factor, out, worst = D.factor(damping), [], 0.0
     for n in range(batch):
         M = Products(_without(D.chain, n), D.gauss_newton)
         move, residual, _ = refined(
             M,
-            lambda r, M=M: preconditioned_gmres(M, F.solve, r, damping, rtol),
-            -(M.gradient + M @ d + damping * d),
+            lambda r, M=M: preconditioned_gmres(M, factor.solve, r, damping, rtol),
+            D.gradient - M.gradient,
             damping,
             rtol,
         )

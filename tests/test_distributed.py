@@ -1,0 +1,224 @@
+"""Two processes with unequal shares of the data against one with all of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+from torch import nn
+
+import hinv
+from hinv import ranks, spectrum, tall_skinny
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+START = """
+import copy, os, sys
+from datetime import timedelta
+import torch
+from torch import distributed, nn
+import hinv
+from hinv import ranks, spectrum
+torch.set_num_threads(1)
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+found = {}
+for name, (code, model, loss, shares) in torch.load(f"{folder}/cases.pt", weights_only=False).items():
+    space = dict(model=copy.deepcopy(model), loss=loss, mine=shares[rank], rank=rank, torch=torch, nn=nn, hinv=hinv, spectrum=spectrum)
+    exec(code, space)
+    found[name] = space["out"]
+torch.save(found, f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What every case leaves in `out`, in each of two processes, which end within two minutes: one start of them serves all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(cases(), folder / "cases.pt")
+    path = str(Path(spectrum.__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", START, str(folder)],
+            env=os.environ | {"RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def alone(name: str):
+    """The same case in this process with all of the data."""
+    code, model, loss, shares = cases()[name]
+    space = {
+        "model": model,
+        "loss": loss,
+        "mine": shares[0] + shares[1],
+        "torch": torch,
+        "hinv": hinv,
+        "spectrum": spectrum,
+    }
+    exec(code, space)
+    return space["out"]
+
+
+def cases() -> dict[str, tuple]:
+    """name -> code, model, loss, and the batches of each process."""
+    model, weighted, x, _, shares = problem()
+    goals = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(2)).double()
+    other = [[(x[:17], goals[:17])], [(x[17:], goals[17:])]]
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Linear(5, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 3)).double()
+    return {
+        "Hessian": (HESSIAN, model, weighted, shares),
+        "GGN": (GAUSS_NEWTON, model, weighted, shares),
+        "dual": (DUAL, normed, weighted, shares),
+        "steps, weighted": (STEPS, model, weighted, shares),
+        "steps, squared": (STEPS, model, nn.MSELoss(), other),
+        "steps, summed": (STEPS, model, nn.MSELoss(reduction="sum"), other),
+        "fails": (FAILS, model, weighted, shares),
+    }
+
+
+def problem(n=23):
+    model = tall_skinny((5, 6, 6, 3), nn.Tanh, gain=1.2, seed=0).double()
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.where(torch.arange(n) % 7 == 3, -100, torch.arange(n) % 3)
+    # two batches for the one, the last of them odd, and one for the other
+    first = list(zip(x[:17].split(9), y[:17].split(9), strict=True))
+    return model, nn.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0]).double()), x, y, [first, [(x[17:], y[17:])]]
+
+
+HESSIAN = """
+A = spectrum.DataHessian(model, loss, mine)
+b = (torch.linspace(-1, 1, A.shape[0]).double()[:, None] ** torch.arange(1, 3)).contiguous()
+F = A.factor(0.5)
+out = dict(
+    product=A @ b, dense=A.dense(), diagonal=A.diagonal(), values=A.eigvalsh(), logdet=F.logdet, inertia=A.inertia(0.05), factor=F.solve(b),
+    solve=A.solve(b, 9.0), report=A.last_solve,
+)
+"""
+GAUSS_NEWTON = """
+A = spectrum.DataGGN(model, loss, mine)
+b = torch.linspace(-1, 1, A.shape[0]).double()
+out = dict(
+    product=A @ b, dense=A.dense(), diagonal=A.diagonal(), solve=A.solve(b, 0.5), report=A.last_solve, values=A.eigsh(2).values,
+    trace=A.trace("hutchinson", 4).value, grid=A.density(3, repeats=1)[0],
+)
+"""
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
+def test_two_processes_are_one(together, kind):
+    a, c = (found[kind] for found in together)
+    for key, value in alone(kind).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(a[key], c[key]), key  # to the bit on both
+            exactly = key in ("product", "dense", "diagonal", "factor")
+            assert relative(a[key], value) < (1e-11 if exactly else 1e-7), key
+        elif key == "report":
+            assert a[key] == c[key] and a[key].method == value.method and a[key].residual < 1e-8
+        else:
+            assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
+
+
+STEPS = """
+x, y = (torch.cat(tensors) for tensors in zip(*mine))
+method = hinv.optim.GaussNewton(model, loss, damping=0.3, every=2)
+out = []
+for _ in range(6):
+    report = method.step(x, y)
+    out.append((report.loss, report.loss_after, report.ratio, report.damping, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
+"""
+
+
+@pytest.mark.parametrize("loss", ["weighted", "squared", "summed"])
+def test_gauss_newton_of_two_processes_takes_the_steps_of_one(together, loss):
+    single = alone(f"steps, {loss}")
+    for a, c, one in zip(*(found[f"steps, {loss}"] for found in together), single, strict=True):
+        assert a[:4] == c[:4] == pytest.approx(one[:4], rel=1e-8) and torch.equal(a[4], c[4])
+        assert relative(a[4], one[4]) < 1e-12
+    assert single[-1][0] < 0.9 * single[0][0]  # they lead somewhere
+
+
+DUAL = """
+A = spectrum.DataGGN(model, loss, mine)
+F = A.factor(0.01)
+out = dict(kind=type(F).__name__, L=F.L, solve=F.solve(torch.eye(A.shape[0]).double()), diagonal=F.inverse_diagonal(), outputs=F.output_covariance())
+"""
+
+
+def test_the_dual_with_samples_in_two_processes(together):
+    """A stage that is not linear among them: its factor is gathered whole."""
+    (a, c), single = (found["dual"] for found in together), alone("dual")
+    assert a["kind"] == c["kind"] == single["kind"] == "Dual"
+    for key in ("L", "solve", "diagonal"):
+        assert torch.equal(a[key], c[key]) and relative(a[key], single[key]) < 1e-12
+    assert relative(torch.cat([a["outputs"], c["outputs"]]), single["outputs"]) < 1e-11  # each has its own
+
+
+FAILS = """
+def message(make):
+    try:
+        make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+out = []
+bad = [(x.clone(), y) for x, y in mine]
+if rank == 1:
+    bad[0][0][2] = torch.nan
+out.append(message(lambda: spectrum.DataGGN(model, loss, bad)))
+out.append(message(lambda: spectrum.DataGGN(model, loss, mine if rank else [])))
+if rank == 1:
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+out.append(message(lambda: spectrum.DataGGN(model, loss, mine)))
+if rank == 1:
+    with torch.no_grad():
+        model[0].weight.sub_(1.0)
+batches = [(x.clone(), y) for x, y in mine]
+A = spectrum.DataGGN(model, loss, batches)
+b = torch.ones(A.shape[0]).double()
+if rank == 1:
+    batches[0][0][2] = torch.nan
+out += [message(lambda: A @ b), message(lambda: A.solve(b)), message(lambda: A.eigsh()), message(A.trace), message(lambda: A.factor(0.1))]
+if rank == 1:
+    batches[0] = mine[0]
+out.append(float((A @ b).norm()))
+method = hinv.optim.GaussNewton(model, loss)
+x, y = mine[0]
+out.append(message(lambda: method.step(x if rank == 0 else x * torch.nan, y)))
+out.append(method.step(x, y).loss)
+out.append(message(lambda: hinv.optim.GaussNewton(model, loss, sample=4)))
+"""
+
+
+def test_what_fails_in_one_process_is_said_in_both_and_none_waits(together):
+    first, second = (found["fails"] for found in together)
+    assert "another process could not take" in first[0] and "batch 0 of the loader contains NaN" in second[0]
+    assert "the loader is empty" in first[1] and "another process could not take" in second[1]
+    assert "different weights" in first[2] and "different weights" in second[2]
+    for a, c in zip(first[3:8], second[3:8], strict=True):
+        assert "not finite" in a and "batch 0 of the loader contains NaN" in c
+    assert first[8] == second[8] > 0  # and what comes next is in step again
+    assert "another process failed here" in first[9] and "NaN" in second[9] and first[10] == second[10]
+    assert "leave sample at None" in first[11]
+
+
+def test_one_process_alone_is_not_several():
+    assert not ranks.several() and ranks.first() and ranks.size() == 1
+    assert ranks.from_first(lambda: 3) == 3
+    one = torch.ones(2)
+    assert ranks.summed(lambda: one, one) is one
