@@ -92,4 +92,4 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
 	rm -rf build dist results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find hinv tests -name __pycache__ -prune -exec rm -rf {} +
-	find figures -type f ! -name README.md ! -name 04_sparsity.png ! -name 07_depth.png -delete
+	find figures -type f ! -name README.md ! -name 04_sparsity.png -delete

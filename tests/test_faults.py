@@ -35,10 +35,15 @@ def wait_for(condition, process=None, seconds=120):
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+def started(*command, **options):
+    """A process that Ctrl-C ends: what a shell starts in the background, these tests too, inherits that SIGINT is ignored."""
+    return subprocess.Popen(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+
 def start_run(c, folder):
     import dataclasses
 
-    return subprocess.Popen(
+    return started(
         [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(c)), folder, "-1"],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
@@ -219,7 +224,7 @@ def test_a_benchmark_is_interrupted(tmp_path, kind):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "bench.json").write_text("of before")
     environment = ENVIRONMENT | {"HINV_OUTPUT": str(tmp_path)}
-    process = subprocess.Popen(
+    process = started(
         [sys.executable, "-m", "hinv.companion.bench"],
         env=environment,
         stdout=subprocess.PIPE,
@@ -228,7 +233,7 @@ def test_a_benchmark_is_interrupted(tmp_path, kind):
     )
     assert "threads" in process.stdout.readline()
     process.send_signal(kind)
-    process.wait()
+    process.wait(60)
     assert process.returncode != 0 and (tmp_path / "results" / "bench.json").read_text() == "of before"
     survived(f"make bench: {kind.name}", "it ends", "results/bench.json of before")
 
@@ -270,7 +275,7 @@ def start_reproduce(root, seconds):
     (root / "build").mkdir(exist_ok=True)
     (root / "build" / "parameters.json").write_text(json.dumps({"seconds": seconds}))
     environment = ENVIRONMENT | {"HINV_OUTPUT": str(root)}
-    return subprocess.Popen(
+    return started(
         [sys.executable, "-c", REPRODUCE, root], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 

@@ -156,8 +156,11 @@ def test_what_the_loss_is_multiplied_with(trained):
     precise = hinv.laplace(model, mse, x, torch.zeros(25, 3).to(x), scale=75 / (2 * 0.01))
     _, log = dense(model, mse, x, torch.zeros(25, 3).to(x), 1.0, 75 / (2 * 0.01))
     assert precise.log_evidence() == pytest.approx(log, rel=1e-10)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="scale must be a positive number, not -1"):
         hinv.laplace(model, mse, x, torch.zeros(25, 3).to(x), scale=-1.0)
+    for ask in (precise.log_evidence, precise.effective_parameters, precise.factor):  # not that of the default
+        with pytest.raises(ValueError, match="prior_precision must be a positive number, not 0"):
+            ask(0.0)
     with pytest.raises(ValueError, match="not convex"):
         hinv.laplace(model, lambda out, t: out.tanh().sum(), x, y, scale=1.0)
 

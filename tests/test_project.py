@@ -207,7 +207,7 @@ def test_readme_lists_every_notebook_and_figure():
     readme = (ROOT / "README.md").read_text()
     for path in NOTEBOOKS:
         assert f"notebooks/{path.name}" in readme
-    for figure in re.findall(r"\]\((figures/\S+)\)", readme):
+    for figure in re.findall(r"\]\((\S+\.png)\)", readme):
         assert (ROOT / figure).exists()
 
 

@@ -12,6 +12,7 @@ posterior is approximated by N(theta, Sigma) with
 Everything comes from one factorization of G + (alpha / N) I for each alpha, never of P x P where samples times outputs are few (`hinv.solver.dual`).
 """
 
+import functools
 import math
 
 import torch
@@ -38,7 +39,7 @@ class Laplace:
     """
 
     def __init__(self, G: GGN, prior_precision: float, scale: float):
-        self.G, self.scale, self.prior_precision = G.double(), float(scale), float(prior_precision)
+        self.G, self.scale, self.prior_precision = G.double(), scale, prior_precision
         self.mean = nn.utils.parameters_to_vector(
             p for p in self.G.chain.model.parameters() if p.requires_grad
         ).detach()
@@ -49,18 +50,20 @@ class Laplace:
 
     def factor(self, prior_precision: float | None = None) -> Factor | Dual:
         """G + (alpha / N) I, factored: N times the posterior's precision. Cost as `GGN.factor`."""
-        return self.G.factor((prior_precision or self.prior_precision) / self.scale)
+        return self.G.factor(self._alpha(prior_precision) / self.scale)
+
+    def _alpha(self, prior_precision: float | None) -> float:
+        return self.prior_precision if prior_precision is None else _positive(prior_precision, "prior_precision")
 
     def log_evidence(self, prior_precision: float | None = None) -> float:
         """log p(data | alpha) (nats), up to the constant of the likelihood that no alpha changes. Cost: one factorization."""
-        alpha, P = prior_precision or self.prior_precision, len(self.mean)
+        alpha, P = self._alpha(prior_precision), len(self.mean)
         log_det = P * math.log(self.scale) + self.factor(alpha).logdet[1]
         return (P * math.log(alpha) - log_det - alpha * self.mean.square().sum().item()) / 2 - self.scale * self.G.loss
 
     def effective_parameters(self, prior_precision: float | None = None) -> float:
         """gamma = P - alpha tr Sigma: how many directions the data determine. Cost: a factorization and its `inverse_trace`."""
-        alpha = prior_precision or self.prior_precision
-        return len(self.mean) - alpha / self.scale * self.factor(alpha).inverse_trace()
+        return self.G.effective_parameters(self._alpha(prior_precision) / self.scale)
 
     def maximize(self) -> "Laplace":
         """Set prior_precision to a maximum of the evidence, exactly: where gamma = alpha |theta|^2 (MacKay 1992). Returns itself.
@@ -75,25 +78,21 @@ class Laplace:
 
         size = self.mean.square().sum().item()
 
+        @functools.cache
         def rise(log_alpha: float) -> float:
             alpha = math.exp(log_alpha)
             return self.effective_parameters(alpha) - alpha * size
 
-        here = math.log(self.prior_precision)
-        there, step = here, math.copysign(math.log(10.0), first := rise(here))
-        while first and math.log(LIMITS[0]) < there < math.log(LIMITS[1]):
+        here = there = math.log(self.prior_precision)
+        step = math.copysign(math.log(10.0), rise(here))
+        while rise(there) * step > 0:
             here, there = there, there + step
-            if rise(there) * first <= 0:
-                break
-        else:
-            if first:
+            if not math.log(LIMITS[0]) < there < math.log(LIMITS[1]):
                 raise ValueError(
                     f"the evidence has no maximum for prior precisions between {LIMITS[0]:g} and {LIMITS[1]:g} (|theta|^2 = {size:.3g}): train the "
                     "network first, or set prior_precision by hand"
                 )
-        self.prior_precision = (
-            math.exp(brentq(rise, *sorted((here, there)), xtol=1e-10)) if first else self.prior_precision
-        )
+        self.prior_precision = math.exp(brentq(rise, *sorted((here, there)), xtol=1e-10))
         return self
 
     @exact()
@@ -107,9 +106,8 @@ class Laplace:
         outputs, covariances = [], []
         C = chain.outputs[0].numel()
         for some in inputs.to(self.mean.dtype).split(max(1, COLUMNS // (C * len(self.mean)))):
-            with torch.no_grad():
-                outputs.append(chain.model(some).flatten(1))
             new = Chain(chain.model, _first, some, some.new_zeros(len(some)), check=False)
+            outputs.append(new.outputs.flatten(1))
             covariances.append(_covariance(factor, new) / self.scale)
         return torch.cat(outputs), torch.cat(covariances)
 
@@ -156,9 +154,13 @@ def laplace(
                 "(number of targets) / (2 s2)"
             )
         scale = terms(loss, G.chain.targets) if reduction == "mean" else 1.0
-    if not (scale > 0 and prior_precision > 0):
-        raise ValueError(f"prior_precision and scale must be positive, not {prior_precision} and {scale}")
-    return Laplace(G, prior_precision, scale)
+    return Laplace(G, _positive(prior_precision, "prior_precision"), _positive(scale, "scale"))
+
+
+def _positive(value: float, name: str) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return float(value)
 
 
 def _covariance(factor: Factor | Dual, chain: Chain) -> Float[Tensor, "T C C"]:

@@ -11,7 +11,8 @@ and beside it
 
 `inverse`    the inverse's diagonal, blocks and trace, what it makes of the outputs, samples: of `factor` and of `dual`
 `resolvent`  the elimination at a complex shift: no pivot is zero, and log det has its argument
-`dual`       the Gauss-Newton matrix of few outputs, by one Cholesky of their size
+`dual`       the Gauss-Newton matrix of few outputs, by one Cholesky of their size; `root` its factor, of one batch or many
+`kept`       what a factorization keeps of its stages; `whole` one of a matrix that is formed
 `sparse`     SuperLU on K, which pivots across stages
 `krylov`     what one would do without the structure: dense LU, CG, MINRES
 `products`   products by automatic differentiation, independent of all the above

@@ -141,15 +141,17 @@ def sign(H: Matrix, b: Float[Tensor, "P *k"], gap: float, rtol: float) -> tuple[
 
 
 def smoothed_count(H: Matrix, shift: float, width: float) -> float:
-    if not 0 < width < math.inf:
-        raise ValueError(f"the width must be a positive number, not {width}: count_below counts sharply")
-    return -Resolvent(H.double(), complex(shift, width)).log.imag / math.pi
+    return -_beside(H, shift, width).log.imag / math.pi
 
 
 def smoothed_density(H: Matrix, shift: float, width: float) -> float:
+    return _beside(H, shift, width).trace.imag / math.pi
+
+
+def _beside(H: Matrix, shift: float, width: float) -> Resolvent:
     if not 0 < width < math.inf:
-        raise ValueError(f"the width must be a positive number, not {width}: counts has the sharp ones of bins")
-    return Resolvent(H.double(), complex(shift, width)).trace.imag / math.pi
+        raise ValueError(f"the width must be a positive number, not {width}: count_below and counts count sharply")
+    return Resolvent(H.double(), complex(shift, width))
 
 
 def _resolvent(H: Matrix, t: float, norm: float) -> Resolvent:

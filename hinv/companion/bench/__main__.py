@@ -55,6 +55,7 @@ def on_the_cpu() -> None:
         "14 a busy neighbour": f.beside_a_neighbour,
         "15 memory": f.memory,
         "16 the inverse": f.inverse,
+        "17 checkpoints": f.checkpoints,
     }
     machine = {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     write("bench.json", machine, measure(steps))

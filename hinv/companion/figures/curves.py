@@ -54,8 +54,7 @@ def curves(
 ) -> Figure:
     """Lines with markers, one for each name -> (x, y); logarithmic axes named in `log`; a dashed horizontal bound."""
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for k, (name, (x, y)) in enumerate(series.items()):
-        colour, marker = styles(list(series))[k]
+    for k, ((name, (x, y)), (colour, marker)) in enumerate(zip(series.items(), styles(list(series)), strict=True)):
         # later markers are smaller, so that a curve on top of another leaves it visible
         axis.plot(x, y, marker=marker, color=colour, label=name, ms=max(4, 9 - 2 * k))
     if bound is not None:
@@ -89,7 +88,7 @@ def bands(
 ) -> Figure:
     """For each name the median over repetitions (x, y) as a line and their range as a band, as far as the shortest repetition goes."""
     figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
-    for k, (name, repetitions) in enumerate(runs.items()):
+    for (name, repetitions), (colour, marker) in zip(runs.items(), styles(list(runs)), strict=True):
         length = min(len(x) for x, _ in repetitions)
         x, y = (np.array([np.asarray(r[i], float)[:length] for r in repetitions]) for i in (0, 1))
         every = (
@@ -97,7 +96,7 @@ def bands(
             if "x" in log
             else np.linspace(0, length - 1, 6).astype(int)
         )
-        (colour, marker), x = styles(list(runs))[k], np.median(x, 0)
+        x = np.median(x, 0)
         axis.plot(
             x,
             np.median(y, 0),

@@ -59,22 +59,14 @@ sns.set_theme(
 
 def styles(labels: Sequence[str]) -> list[tuple[Any, str]]:
     """A colour and a marker for each label: the thing's own, or what no other of these labels has taken."""
-    own = [next((k for k, name in enumerate(COLOURS) if label.startswith(name)), None) for label in labels]
-    fixed = [list(COLOURS.values())[k] for k in own if k is not None]
-    free = iter([*(c for c in PALETTE if c not in fixed), *PALETTE])
-    taken: dict[Any, int] = {}
-    out = []
-    for k in own:
-        colour = next(free) if k is None else list(COLOURS.values())[k]
-        # settings of one method have its colour and markers of their own
-        taken[colour] = taken.get(colour, -1) + 1
-        out.append(
-            (
-                colour,
-                MARKERS[(list(dict.fromkeys([*COLOURS.values(), *PALETTE])).index(colour) + 3 * taken[colour]) % 10],
-            )
-        )
-    return out
+    own = [next((colour for name, colour in COLOURS.items() if label.startswith(name)), None) for label in labels]
+    free = iter([*(colour for colour in PALETTE if colour not in own), *PALETTE])
+    colours = [next(free) if colour is None else colour for colour in own]
+    shades = list(dict.fromkeys([*COLOURS.values(), *PALETTE]))
+    # settings of one method have its colour, and markers of their own
+    again = [colours[:k].count(colour) for k, colour in enumerate(colours)]
+    markers = [MARKERS[(shades.index(c) + 3 * n) % len(MARKERS)] for c, n in zip(colours, again, strict=True)]
+    return list(zip(colours, markers, strict=True))
 
 
 def save(figure: Figure, name: str) -> Figure:

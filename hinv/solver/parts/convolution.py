@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional, grad
 
 from hinv.network import Stage
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import Inexact  # floats, or complex numbers at a complex shift
 
 from .linear import Linear
 
@@ -34,30 +34,30 @@ class Convolution(Linear):
         rows = torch.cat([patches, torch.ones_like(patches[:, :1])], 1) if stage.has_bias else patches
         self._set(stage, rows, stage.b.view(outputs.shape), gauss_newton, wrt_input)
 
-    def first(self, r: Tensor) -> Float[Tensor, "BL ak"]:
+    def first(self, r: Tensor) -> Inexact[Tensor, "BL ak"]:
         r = r.reshape(self.batch, self.a_out, self.positions, -1).transpose(1, 2)
         return r.reshape(self.batch * self.positions, -1)
 
-    def middle(self, X: Tensor) -> Float[Tensor, "n BL a_out"]:
+    def middle(self, X: Tensor) -> Inexact[Tensor, "n BL a_out"]:
         X = X.view(-1, self.a_out, self.positions).mT
         return X.reshape(-1, self.batch * self.positions, self.a_out)
 
-    def flat(self, X: Tensor, k: int) -> Float[Tensor, "rows k"]:
+    def flat(self, X: Tensor, k: int) -> Inexact[Tensor, "rows k"]:
         return X.view(self.batch, self.positions, self.a_out, k).transpose(1, 2).reshape(-1, k)
 
-    def A_T(self, r: Float[Tensor, "rows k"]) -> Float[Tensor, "columns k"]:
+    def A_T(self, r: Inexact[Tensor, "rows k"]) -> Inexact[Tensor, "columns k"]:
         return self.times_A(r.T).T.contiguous()
 
-    def A(self, y: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+    def A(self, y: Inexact[Tensor, "columns k"]) -> Inexact[Tensor, "rows k"]:
         images = y.T.reshape(-1, *self.shape_in[1:])
         return functional.conv2d(images, self.weight, **self.options).view(y.shape[1], -1).T
 
-    def times_A(self, X: Float[Tensor, "r rows"]) -> Float[Tensor, "r columns"]:
+    def times_A(self, X: Inexact[Tensor, "r rows"]) -> Inexact[Tensor, "r columns"]:
         return self._transposed(X.reshape(-1, *self.shape_out[1:]), self.weight).view(X.shape[0], -1)
 
     def _transposed(
-        self, images: Float[Tensor, "N c_out h w"], kernels: Float[Tensor, "c_out c_in kh kw"]
-    ) -> Float[Tensor, "N c_in height width"]:
+        self, images: Inexact[Tensor, "N c_out h w"], kernels: Inexact[Tensor, "c_out c_in kh kw"]
+    ) -> Inexact[Tensor, "N c_in height width"]:
         """The transpose of the convolution with these kernels, on (N, channels out, height, width)."""
         if images.is_complex():  # torch has this for real images only, and the kernels are real
             two = (self._transposed(images.real, kernels.real), self._transposed(images.imag, kernels.real))
@@ -65,7 +65,7 @@ class Convolution(Linear):
         shape = (len(images), kernels.shape[1], *self.shape_in[2:])
         return grad.conv2d_input(shape, kernels, images, **self.options)
 
-    def plus_F(self, JV: Float[Tensor, "n rows"]) -> Float[Tensor, "n k"]:
+    def plus_F(self, JV: Inexact[Tensor, "n rows"]) -> Inexact[Tensor, "n k"]:
         """dW meets dz where b is: F[(j, o), n] is the transposed convolution of channel o of the backward signal b_n with column j of Q."""
         N = self.times_A(JV)
         if self.curved:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage, derivatives
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import Inexact  # floats, or complex numbers at a complex shift
 
 from .part import Part
 
@@ -18,7 +18,7 @@ class Dense(Part):
         self.E, self.F, self.G = (None, None, None) if gauss_newton else (D.E, D.F, D.G)
         self.p = self.J.shape[1]
 
-    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Inexact[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV = self.J.T @ V
         S = JV @ self.J
         if self.E is not None:
@@ -34,11 +34,11 @@ class Dense(Part):
             V.view(batch, a_in, batch, a_in).diagonal(dim1=0, dim2=2).add_(self.G.permute(1, 2, 0))
         return S, N.reshape(self.p, batch * a_in), V
 
-    def pull(self, r: Float[Tensor, "rows k"]) -> tuple[Float[Tensor, "p k"], Float[Tensor, "columns k"] | None]:
+    def pull(self, r: Inexact[Tensor, "rows k"]) -> tuple[Inexact[Tensor, "p k"], Inexact[Tensor, "columns k"] | None]:
         A = self.A
         return self.J.T @ r, None if A is None else (A.mT @ r.view(*A.shape[:2], -1)).flatten(0, 1)
 
-    def push(self, x: Float[Tensor, "p k"], y: Float[Tensor, "columns k"] | None) -> Float[Tensor, "rows k"]:
+    def push(self, x: Inexact[Tensor, "p k"], y: Inexact[Tensor, "columns k"] | None) -> Inexact[Tensor, "rows k"]:
         moved = self.J @ x
         if y is not None and self.A is not None:
             moved += (self.A @ y.view(self.A.shape[0], self.A.shape[2], -1)).flatten(0, 1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import Inexact  # floats, or complex numbers at a complex shift
 
 from .part import Eliminated
 from .spread import Spread
@@ -21,8 +21,8 @@ class Diagonal(Eliminated):
         self.bend = None if gauss_newton else stage.bend.flatten()
 
     def eliminate(
-        self, V: Float[Tensor, "k k"] | None, damping: complex, try_cholesky: bool
-    ) -> tuple[Eliminated, Float[Tensor, "k k"]]:
+        self, V: Inexact[Tensor, "k k"] | None, damping: complex, try_cholesky: bool
+    ) -> tuple[Eliminated, Inexact[Tensor, "k k"]]:
         assert V is not None  # only a Head knows V by itself
         c = self.carry
         V[c:].mul_(self.slope)
@@ -31,7 +31,7 @@ class Diagonal(Eliminated):
             V.diagonal()[c:].add_(self.bend)
         return self, V
 
-    def spread(self, Sigma: Float[Tensor, "k k"] | None) -> Spread:
+    def spread(self, Sigma: Inexact[Tensor, "k k"] | None) -> Spread:
         assert Sigma is not None  # a stage with parameters comes before it
         Sigma[self.carry :].mul_(self.slope)
         Sigma[:, self.carry :].mul_(self.row)
@@ -45,16 +45,16 @@ class Diagonal(Eliminated):
     def log_abs_det(self) -> float:
         return 0.0
 
-    def backward(self, r: Float[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Float[Tensor, "rows k"]]:
+    def backward(self, r: Inexact[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Inexact[Tensor, "rows k"]]:
         assert r is not None
         return None, self._scaled(r)
 
     def forward(
-        self, h: None, y: Float[Tensor, "rows k"] | None
-    ) -> tuple[Float[Tensor, "0 k"], Float[Tensor, "rows k"]]:
+        self, h: None, y: Inexact[Tensor, "rows k"] | None
+    ) -> tuple[Inexact[Tensor, "0 k"], Inexact[Tensor, "rows k"]]:
         assert y is not None  # a stage with parameters comes before it
         return y[:0], self._scaled(y)
 
-    def _scaled(self, r: Float[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
+    def _scaled(self, r: Inexact[Tensor, "rows k"]) -> Inexact[Tensor, "rows k"]:
         c = self.carry
         return torch.cat([r[:c], self.slope * r[c:]]) if c else self.slope * r

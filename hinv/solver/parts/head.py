@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import Inexact  # floats, or complex numbers at a complex shift
 
 from ..symmetric import Symmetric, factored
 from .linear import Linear, each
@@ -26,7 +26,12 @@ class Head(Linear):
     """
 
     def __init__(
-        self, stage: Stage, gauss_newton: bool, wrt_input: bool, w: Float[Tensor, "B C"], u: Float[Tensor, "B C"] | None
+        self,
+        stage: Stage,
+        gauss_newton: bool,
+        wrt_input: bool,
+        w: Inexact[Tensor, "B C"],
+        u: Inexact[Tensor, "B C"] | None,
     ):
         super().__init__(stage, gauss_newton, wrt_input)
         self.w, self.u = w, u
@@ -79,8 +84,8 @@ class HeadPivot(Eliminated):
     part: Head
     T: Symmetric
     K: Symmetric | None
-    U: Float[Tensor, "C m B"] | None  # the half of it that T.half is
-    Y: Float[Tensor, "B k"] | None  # what K couples: K.back(Y) = K^-1 U^T T^-1 N
+    U: Inexact[Tensor, "C m B"] | None  # the half of it that T.half is
+    Y: Inexact[Tensor, "B k"] | None  # what K couples: K.back(Y) = K^-1 U^T T^-1 N
     damping: complex
 
     @property
@@ -92,7 +97,7 @@ class HeadPivot(Eliminated):
         rest = self.part.perp * math.log(abs(self.damping)) if self.part.perp else 0.0
         return self.T.log_abs_det + (self.K.log_abs_det if self.K else 0.0) + rest
 
-    def _solve(self, b: Float[Tensor, "C m k"]) -> Float[Tensor, "C m k"]:
+    def _solve(self, b: Inexact[Tensor, "C m k"]) -> Inexact[Tensor, "C m k"]:
         """S^-1 b for b (C, m, k)."""
         t = self.T.half(b)
         if self.K is not None and self.U is not None:
@@ -100,7 +105,7 @@ class HeadPivot(Eliminated):
             t = t + (U @ self.K.solve(U.T @ self.T.over_D(t).flatten(0, 1))).reshape(t.shape)
         return self.T.back(self.T.over_D(t))
 
-    def backward(self, r: Tensor | None, g: Float[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
+    def backward(self, r: Tensor | None, g: Inexact[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
         part, k = self.part, g.shape[1]
         g, rest = part.take_apart(g)
         h = self._solve(g.reshape(part.m, part.a_out, k).transpose(0, 1))  # (C, m, k)
@@ -115,7 +120,7 @@ class HeadPivot(Eliminated):
             r = r - part.F_rest_T(rest)
         return (h, rest), r
 
-    def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], None]:
+    def forward(self, h: Kept, y: Tensor | None) -> tuple[Inexact[Tensor, "p k"], None]:
         (x, rest), part = h, self.part
         if y is not None:
             x = x - self._solve(self.N(y))
@@ -123,23 +128,23 @@ class HeadPivot(Eliminated):
                 rest = rest - part.F_rest(y) / self.damping
         return part.put_together(x.transpose(0, 1).reshape(part.m * part.a_out, -1), rest), None
 
-    def N(self, y: Float[Tensor, "columns k"]) -> Float[Tensor, "C m k"]:
+    def N(self, y: Inexact[Tensor, "columns k"]) -> Inexact[Tensor, "C m k"]:
         """N_c y = Q^T sum_n e_nc y_n + sum_n R_n (V_n W y_n)_c."""
         return each(self.part.Q_in.T, self.part.e_times(y)) + self.linear(y)
 
-    def linear(self, y: Float[Tensor, "columns k"], units: slice = slice(None)) -> Float[Tensor, "units m k"]:
+    def linear(self, y: Inexact[Tensor, "columns k"], units: slice = slice(None)) -> Inexact[Tensor, "units m k"]:
         """The second term, of these classes."""
         part, y_n = self.part, y.view(self.part.batch, self.part.fan_in, -1)
         return (part.R @ (part.M[:, units] @ y_n).flatten(1)).view(part.m, -1, y.shape[1]).transpose(0, 1)
 
-    def spread(self, Sigma: Float[Tensor, "k k"] | None) -> Spread:
+    def spread(self, Sigma: Inexact[Tensor, "k k"] | None) -> Spread:
         return HeadJoint(self, Sigma)
 
     @property
     def noises(self) -> int:
         return self.part.p + (self.part.batch if self.K else 0)
 
-    def color(self, noise: Float[Tensor, "noises k"]) -> Kept:
+    def color(self, noise: Inexact[Tensor, "noises k"]) -> Kept:
         """S^-1 = T^-1 + T^-1 U K^-1 U^T T^-1 is the covariance of a sum of two independent terms."""
         part, k = self.part, noise.shape[1]
         noise, second = noise.split([part.p, self.noises - part.p])
@@ -156,13 +161,13 @@ class HeadJoint(Spread):
     Flops: about 4 C k^2 (k = B a), as the elimination; nothing of size (C m)^2 or C m k unless the whole block is asked for.
     """
 
-    def __init__(self, pivot: HeadPivot, Sigma: Float[Tensor, "k k"] | None):
+    def __init__(self, pivot: HeadPivot, Sigma: Inexact[Tensor, "k k"] | None):
         self.pivot, self.part, self.Sigma, part = pivot, pivot.part, Sigma, pivot.part
         self.T_inverse = pivot.T.solve(eye(part.m, part.R).expand(part.a_out, -1, -1))  # (C, m, m)
         self.K_inverse = pivot.K.formed() if pivot.K else None
         self.Z = pivot.K.back(pivot.Y) if pivot.K and pivot.Y is not None else None  # (B, k)
 
-    def diagonal(self) -> Float[Tensor, " p"]:
+    def diagonal(self) -> Inexact[Tensor, " p"]:
         part, out = self.part, []
         for units in part.units():
             T_inverse, C = self.T_inverse[units], self.T_inverse[units]
@@ -186,11 +191,11 @@ class HeadJoint(Spread):
             out.append(part.of_units(C, E, signals, self.pivot.damping))
         return part.in_order(torch.cat(out).unsqueeze(2))[:, 0]
 
-    def block(self) -> Float[Tensor, "p p"]:
+    def block(self) -> Inexact[Tensor, "p p"]:
         """As any other stage's."""
         part, pivot = self.part, self.pivot
 
-        def solve(b: Float[Tensor, "C m k"]) -> Float[Tensor, "n k"]:
+        def solve(b: Inexact[Tensor, "C m k"]) -> Inexact[Tensor, "n k"]:
             return pivot._solve(b).transpose(0, 1).reshape(part.m * part.a_out, -1)
 
         n = part.m * part.a_out
@@ -201,7 +206,7 @@ class HeadJoint(Spread):
         X = -K @ self.Sigma
         return block(part, pivot.damping, C - X @ K.T, X, self.Sigma)
 
-    def of_samples(self, batch: int) -> Float[Tensor, "B C C"]:
+    def of_samples(self, batch: int) -> Inexact[Tensor, "B C C"]:
         """Of the outputs J_n x + W y_n = J_n u + L_n y, sample by sample."""
         part, u = self.part, self.part.u
         RT = part.R.T @ self.T_inverse

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from hinv.network import Stage
-from hinv.shapes import Array
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import (
+    Array,
+    Inexact,  # floats, or complex numbers at a complex shift
+)
 
 from ..small import SMALL, Small
 from .part import Eliminated, Kept, Part, Pivot
@@ -17,7 +19,7 @@ from .spread import Joint, SmallJoint
 CHUNK = 2**20  # numbers formed at once
 
 
-def each(M: Float[Array, "m r"], X: Float[Array, "N r c"]) -> Float[Array, "N m c"]:
+def each(M: Inexact[Array, "m r"], X: Inexact[Array, "N r c"]) -> Inexact[Array, "N m c"]:
     """M X_n for every matrix of the stack X (N, r, c); torch.matmul would copy M for each, and bmm does for columns."""
     if X.shape[2] == 1:
         return (X[:, :, 0] @ M.T)[:, :, None]
@@ -54,8 +56,8 @@ class Linear(Part):
     def _set(
         self,
         stage: Stage,
-        rows: Float[Tensor, "BT d"],
-        signal: Float[Tensor, "B ..."],
+        rows: Inexact[Tensor, "BT d"],
+        signal: Inexact[Tensor, "B ..."],
         gauss_newton: bool,
         wrt_input: bool,
     ) -> None:
@@ -68,7 +70,7 @@ class Linear(Part):
         (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
         self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
 
-    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Inexact[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV, n = self.J_T(V), self.m * self.a_out
         S = each(self.R, self.middle(JV)).reshape(n, n)
         if not self.wrt_input:
@@ -77,7 +79,7 @@ class Linear(Part):
         del JV
         return S, N, self.A_T(self.times_A(V))
 
-    def plus_F(self, JV: Float[Array, "n rows"]) -> Float[Array, "n k"]:
+    def plus_F(self, JV: Inexact[Array, "n rows"]) -> Inexact[Array, "n k"]:
         """J^T V A + F; in rotated weights F ((j, o), (n, k)) = e_n[o] Q[k, j]."""
         N = self.times_A(JV)
         if self.F is not None:
@@ -89,42 +91,42 @@ class Linear(Part):
 
     # rows of V, and the order (sample, position; unit) in which R meets them: the same here, not for a convolution
 
-    def first(self, r: Array) -> Float[Array, "B ak"]:
+    def first(self, r: Array) -> Inexact[Array, "B ak"]:
         """(B a_out, k) -> (B, a_out k)."""
         return r.reshape(self.batch, -1)
 
-    def middle(self, X: Array) -> Float[Array, "n B a_out"]:
+    def middle(self, X: Array) -> Inexact[Array, "n B a_out"]:
         """(n, B a_out) -> (n, B, a_out)."""
         return X.reshape(-1, self.batch, self.a_out)
 
-    def flat(self, X: Array, k: int) -> Float[Array, "rows k"]:
+    def flat(self, X: Array, k: int) -> Inexact[Array, "rows k"]:
         """(B, a_out k) -> (B a_out, k)."""
         return X.reshape(-1, k)
 
-    def J_T(self, r: Float[Array, "rows k"]) -> Float[Array, "n k"]:
+    def J_T(self, r: Inexact[Array, "rows k"]) -> Inexact[Array, "n k"]:
         return (self.R @ self.first(r)).reshape(self.m * self.a_out, -1)
 
-    def A_T(self, r: Float[Array, "rows k"]) -> Float[Array, "columns k"]:
+    def A_T(self, r: Inexact[Array, "rows k"]) -> Inexact[Array, "columns k"]:
         return each(self.W.T, r.reshape(self.batch, self.a_out, -1)).reshape(self.batch * self.fan_in, -1)
 
-    def A(self, y: Float[Array, "columns k"]) -> Float[Array, "rows k"]:
+    def A(self, y: Inexact[Array, "columns k"]) -> Inexact[Array, "rows k"]:
         return each(self.W, y.reshape(self.batch, self.fan_in, -1)).reshape(self.batch * self.a_out, -1)
 
-    def times_A(self, X: Float[Array, "r rows"]) -> Float[Array, "r columns"]:
+    def times_A(self, X: Inexact[Array, "r rows"]) -> Inexact[Array, "r columns"]:
         """X A for X (r, B a_out)."""
         return (X.reshape(-1, self.a_out) @ self.W).reshape(X.shape[0], -1)
 
     def pull(self, r: Array) -> tuple[Array, Array | None]:
         return self.J_T(r), self.A_T(r) if self.wrt_input else None
 
-    def push(self, x: Float[Array, "n k"], y: Float[Array, "columns k"] | None) -> Float[Array, "rows k"]:
+    def push(self, x: Inexact[Array, "n k"], y: Inexact[Array, "columns k"] | None) -> Inexact[Array, "rows k"]:
         k = x.shape[1]
         moved = self.flat(self.R.T @ x.reshape(self.m, -1), k)
         return moved if y is None else moved + self.A(y)
 
     # vectors: g (p, k) in the order of the parameters <-> rotated (m a_out, k) and the perpendicular rest (a_out, d, k)
 
-    def take_apart(self, g: Float[Array, "p k"]) -> tuple[Float[Array, "n k"], Float[Array, "a_out d k"] | None]:
+    def take_apart(self, g: Inexact[Array, "p k"]) -> tuple[Inexact[Array, "n k"], Inexact[Array, "a_out d k"] | None]:
         k, weights = g.shape[1], self.a_out * self.fan_in
         full = g[:weights].reshape(self.a_out, self.fan_in, k)
         if self.bias:
@@ -133,33 +135,33 @@ class Linear(Part):
         rest = full - each(self.Q, par) if self.perp else None
         return par.swapaxes(0, 1).reshape(self.m * self.a_out, k), rest
 
-    def put_together(self, x: Float[Array, "n k"], rest: Float[Array, "a_out d k"] | None) -> Float[Array, "p k"]:
+    def put_together(self, x: Inexact[Array, "n k"], rest: Inexact[Array, "a_out d k"] | None) -> Inexact[Array, "p k"]:
         k = x.shape[1]
         full = each(self.Q, x.reshape(self.m, self.a_out, k).swapaxes(0, 1))
         return self.in_order(full if rest is None else full + rest)
 
-    def in_order(self, full: Float[Array, "a_out d k"]) -> Float[Array, "p k"]:
+    def in_order(self, full: Inexact[Array, "a_out d k"]) -> Inexact[Array, "p k"]:
         """Unit by unit, the bias last -> all weights, then all biases."""
         weights = full[:, : self.fan_in].reshape(self.a_out * self.fan_in, -1)
         return cat([weights, full[:, self.fan_in]]) if self.bias else weights
 
     # the weights beyond the span of the batch see F alone, (sum_n e_n y_n^T) (I - Q Q^T)
 
-    def F_rest(self, y: Float[Array, "columns k"]) -> Float[Array, "a_out d k"]:
+    def F_rest(self, y: Inexact[Array, "columns k"]) -> Inexact[Array, "a_out d k"]:
         """(a_out, d, k): the perpendicular part of F y."""
         moved = self.e_times(y)
         if self.bias:
             moved = cat([moved, 0.0 * moved[:, :1]], 1)
         return moved - each(self.Q, each(self.Q.T, moved))
 
-    def F_rest_T(self, rest: Float[Array, "a_out d k"]) -> Float[Array, "columns k"]:
+    def F_rest_T(self, rest: Inexact[Array, "a_out d k"]) -> Inexact[Array, "columns k"]:
         """(B a_in, k): its transpose, applied to a vector that is perpendicular already."""
         k = rest.shape[2]
         return (self.e @ rest[:, : self.fan_in].reshape(self.a_out, -1)).reshape(self.batch * self.fan_in, k)
 
     # the inverse's diagonal, unit by unit: of unit o the weights are Q x_o + rest_o, and rest_o sees y by e_o alone
 
-    def variances(self, joint: Joint) -> Float[Array, " p"]:
+    def variances(self, joint: Joint) -> Inexact[Array, " p"]:
         m, (C, X, Sigma) = self.m, (joint.C, joint.X, joint.Sigma)
         C = C.reshape(m, self.a_out, m, self.a_out).diagonal(0, 1, 3).swapaxes(0, 2)  # (a_out, m, m)
         out = []
@@ -178,21 +180,21 @@ class Linear(Part):
         step = max(1, CHUNK // numbers)
         return (slice(at, at + step) for at in range(0, self.a_out, step))
 
-    def e_times(self, y: Float[Array, "columns k"], units: slice = slice(None)) -> Float[Array, "units a_in k"]:
+    def e_times(self, y: Inexact[Array, "columns k"], units: slice = slice(None)) -> Inexact[Array, "units a_in k"]:
         """sum_n e_no y_n for these units."""
         return (self.e.T[units] @ y.reshape(self.batch, -1)).reshape(-1, self.fan_in, y.shape[1])
 
-    def times_e(self, X: Float[Array, "units r columns"], units: slice) -> Float[Array, "units r a_in"]:
+    def times_e(self, X: Inexact[Array, "units r columns"], units: slice) -> Inexact[Array, "units r a_in"]:
         """sum_n e_no X_on, for X_o (r, B a_in) of each of these units."""
         return (self.e.T[units, None, None] @ X.reshape(*X.shape[:2], self.batch, self.fan_in))[:, :, 0]
 
     def of_units(
         self,
-        C: Float[Array, "units m m"],
-        E: Float[Array, "units m a_in"] | None,
-        T: Float[Array, "units a_in a_in"] | None,
+        C: Inexact[Array, "units m m"],
+        E: Inexact[Array, "units m a_in"] | None,
+        T: Inexact[Array, "units a_in a_in"] | None,
         damping: complex,
-    ) -> Float[Array, "units d"]:
+    ) -> Inexact[Array, "units d"]:
         """Variances from C of x_o, E = sum_n e_no X_on and T = sum_nn' e_no e_n'o Sigma_nn'.
 
         With P = I - Q Q^T: the diagonals of Q C Q^T - 2 Q E P / damping + P / damping + P T P / damping^2.
@@ -205,14 +207,14 @@ class Linear(Part):
         half = half - each(P, E.swapaxes(1, 2)) * (2.0 / damping)
         return (half * Q).sum(2) + (1.0 - (Q * Q).sum(1)) / damping + (each(P, T) * P).sum(2) / damping**2
 
-    def beyond(self, rows: int | None = None) -> Float[Array, "rows a_in"]:
+    def beyond(self, rows: int | None = None) -> Inexact[Array, "rows a_in"]:
         """I - Q Q^T of one unit, its first rows (those of the weights, all with the bias's: d); columns of the weights, as no input moves the bias."""
         rows, a_in = self.fan_in if rows is None else rows, self.fan_in
         P = self.Q[:rows] @ -self.Q_in.T
         P.reshape(-1)[: a_in * a_in : a_in + 1] += 1.0
         return P
 
-    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
+    def add_perp(self, V: Inexact[Array, "k k"], factor: complex) -> None:
         """V += factor (e e^T) kron (I - Q Q^T): with -1 / damping, what eliminating those weights does to V."""
         if self.outer is not None:
             V.add_(self.outer, alpha=factor)
@@ -245,7 +247,7 @@ class SmallLinear(Linear):
         S = Small(S, try_cholesky)
         return SmallPivot(self, S, S.couple(N, V), damping), torch.from_numpy(V)
 
-    def add_perp(self, V: Float[Array, "k k"], factor: complex) -> None:
+    def add_perp(self, V: Inexact[Array, "k k"], factor: complex) -> None:
         if self.outer is not None:
             V += factor * self.outer
 
@@ -253,18 +255,18 @@ class SmallLinear(Linear):
 class SmallPivot(Pivot):
     """Tensors outside, arrays inside."""
 
-    def backward(self, r: Tensor | None, g: Float[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
+    def backward(self, r: Tensor | None, g: Inexact[Tensor, "p k"]) -> tuple[Kept, Tensor | None]:
         assert r is not None  # a small stage is not a Head
         kept, back = super().backward(r.numpy(), g.numpy())
         return kept, None if back is None else torch.from_numpy(back)
 
-    def forward(self, h: Kept, y: Tensor | None) -> tuple[Float[Tensor, "p k"], Tensor]:
+    def forward(self, h: Kept, y: Tensor | None) -> tuple[Inexact[Tensor, "p k"], Tensor]:
         x, moved = super().forward(h, None if y is None else y.numpy())
         return torch.from_numpy(x), torch.from_numpy(moved)
 
-    def spread(self, Sigma: Float[Tensor, "columns columns"] | None) -> SmallJoint:
+    def spread(self, Sigma: Inexact[Tensor, "columns columns"] | None) -> SmallJoint:
         joint = super().spread(None if Sigma is None else Sigma.numpy())
         return SmallJoint(self, joint.C, joint.X, joint.Sigma)
 
-    def color(self, noise: Float[Tensor, "p k"]) -> Kept:
+    def color(self, noise: Inexact[Tensor, "p k"]) -> Kept:
         return super().color(noise.numpy())

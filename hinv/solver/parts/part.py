@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hinv.shapes import Array
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import (
+    Array,
+    Inexact,  # floats, or complex numbers at a complex shift
+)
 
 from ..symmetric import SingularPivotError, Symmetric, factored
 from .spread import Joint, Spread
@@ -70,8 +72,8 @@ class Part:
         return Pivot(self, S, None if N is None else S.couple(N, V), damping), V
 
     def _beside(
-        self, state: Float[Tensor, "rows rows"], N: Float[Tensor, "p k"], V: Float[Tensor, "k k"]
-    ) -> tuple[Float[Tensor, "p columns"], Float[Tensor, "columns columns"]]:
+        self, state: Inexact[Tensor, "rows rows"], N: Inexact[Tensor, "p k"], V: Inexact[Tensor, "k k"]
+    ) -> tuple[Inexact[Tensor, "p columns"], Inexact[Tensor, "columns columns"]]:
         """N and V of the whole state: what passes by is coupled to the stage by V alone."""
         c = self.carry
         JV, AV = self.pull(state[c:, :c])
@@ -93,7 +95,7 @@ class Part:
         if V is not None:
             self.add_perp(V, -1.0 / damping)
 
-    def blocks(self, V: Float[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def blocks(self, V: Inexact[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """J^T V J + E, J^T V A + F and A^T V A + G, new arrays; the last two None for the first stage."""
         raise NotImplementedError
 
@@ -124,7 +126,7 @@ class Part:
     def put_together(self, x: Array, rest: Array | None) -> Array:
         return x
 
-    def variances(self, joint: Joint) -> Float[Array, " p"]:
+    def variances(self, joint: Joint) -> Inexact[Array, " p"]:
         """The diagonal of the inverse in the order of the parameters."""
         return joint.C.diagonal()
 
@@ -144,7 +146,7 @@ class Pivot(Eliminated):
     def log_abs_det(self) -> float:
         return self.S.log_abs_det + (self.part.perp * math.log(abs(self.damping)) if self.part.perp else 0.0)
 
-    def backward(self, r: Array | None, g: Float[Array, "p k"]) -> tuple[Kept, Array | None]:
+    def backward(self, r: Array | None, g: Inexact[Array, "p k"]) -> tuple[Kept, Array | None]:
         g, rest = self.part.take_apart(g)
         if rest is not None:
             rest = rest / self.damping
@@ -160,7 +162,7 @@ class Pivot(Eliminated):
             r = torch.cat([passed[:c], r])
         return (w, rest), r - self.Y.T @ u
 
-    def forward(self, h: Kept, y: Array | None) -> tuple[Float[Array, "p k"], Array]:
+    def forward(self, h: Kept, y: Array | None) -> tuple[Inexact[Array, "p k"], Array]:
         w, rest = h
         if y is not None:
             w = w - self.Y @ y
@@ -169,7 +171,7 @@ class Pivot(Eliminated):
         x = self.S.back(w)
         return self.part.put_together(x, rest), self.push(x, y)
 
-    def push(self, x: Float[Array, "n k"], y: Float[Array, "columns k"] | None) -> Float[Array, "rows k"]:
+    def push(self, x: Inexact[Array, "n k"], y: Inexact[Array, "columns k"] | None) -> Inexact[Array, "rows k"]:
         """J x + A y for the whole state: what is carried passes by."""
         c = self.part.carry
         if not c:
@@ -177,7 +179,7 @@ class Pivot(Eliminated):
         moved = self.part.push(x, None if y is None else y[c:])
         return torch.cat([moved.new_zeros(c, x.shape[1]) if y is None else y[:c], moved])
 
-    def spread(self, Sigma: Float[Array, "columns columns"] | None) -> Joint:
+    def spread(self, Sigma: Inexact[Array, "columns columns"] | None) -> Joint:
         if Sigma is None or self.Y is None:
             return Joint(self, self.S.formed(), None, None)
         return Joint(self, *self.S.spread(self.Y, Sigma), Sigma)
@@ -186,6 +188,6 @@ class Pivot(Eliminated):
     def noises(self) -> int:
         return self.part.p
 
-    def color(self, noise: Float[Array, "p k"]) -> Kept:
+    def color(self, noise: Inexact[Array, "p k"]) -> Kept:
         noise, rest = self.part.take_apart(noise)  # a rotation, and a projection: independent of each other
         return self.S.color(noise), None if rest is None else rest / self.damping**0.5

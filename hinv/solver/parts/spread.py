@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hinv.shapes import Array
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import (
+    Array,
+    Inexact,  # floats, or complex numbers at a complex shift
+)
 
 if TYPE_CHECKING:
     from .part import Part, Pivot
@@ -29,22 +31,22 @@ if TYPE_CHECKING:
 class Spread:
     """A stage without parameters, by the Sigma behind it; the others say how they come to theirs."""
 
-    def __init__(self, Sigma: Float[Tensor, "rows rows"]):
+    def __init__(self, Sigma: Inexact[Tensor, "rows rows"]):
         self.Sigma = Sigma
 
-    def diagonal(self) -> Float[Array, " p"]:
+    def diagonal(self) -> Inexact[Array, " p"]:
         """The inverse's diagonal at the parameters of the stage."""
         return self.Sigma[:0, 0]
 
-    def block(self) -> Float[Array, "p p"]:
+    def block(self) -> Inexact[Array, "p p"]:
         """Its block there."""
         return self.Sigma[:0, :0]
 
-    def moved(self) -> Float[Array, "rows rows"]:
+    def moved(self) -> Inexact[Array, "rows rows"]:
         """Sigma behind the stage."""
         return self.Sigma
 
-    def of_samples(self, batch: int) -> Float[Tensor, "B a a"]:
+    def of_samples(self, batch: int) -> Inexact[Tensor, "B a a"]:
         """The diagonal blocks of that, one a sample."""
         Sigma = self.moved()
         a = len(Sigma) // batch
@@ -56,17 +58,17 @@ class Joint(Spread):
     """x_l, in the order of S, and y_{l-1} together; no X and no Sigma at the first stage."""
 
     pivot: "Pivot"
-    C: Float[Array, "n n"]
-    X: Float[Array, "n columns"] | None
-    Sigma: Float[Array, "columns columns"] | None
+    C: Inexact[Array, "n n"]
+    X: Inexact[Array, "n columns"] | None
+    Sigma: Inexact[Array, "columns columns"] | None
 
-    def diagonal(self) -> Float[Array, " p"]:
+    def diagonal(self) -> Inexact[Array, " p"]:
         return self.pivot.part.variances(self)
 
-    def block(self) -> Float[Array, "p p"]:
+    def block(self) -> Inexact[Array, "p p"]:
         return block(self.pivot.part, self.pivot.damping, self.C, self.X, self.Sigma)
 
-    def moved(self) -> Float[Array, "rows rows"]:
+    def moved(self) -> Inexact[Array, "rows rows"]:
         push = self.pivot.push
         with_x = push(self.C, None if self.X is None else self.X.T)  # of y_l with x, and with y_{l-1}
         with_y = None if self.X is None else push(self.X, self.Sigma).T
@@ -77,26 +79,26 @@ class Joint(Spread):
 class SmallJoint(Joint):
     """Tensors outside, arrays inside."""
 
-    def diagonal(self) -> Float[Tensor, " p"]:
+    def diagonal(self) -> Inexact[Tensor, " p"]:
         return torch.from_numpy(super().diagonal())
 
-    def block(self) -> Float[Tensor, "p p"]:
+    def block(self) -> Inexact[Tensor, "p p"]:
         return torch.from_numpy(super().block())
 
-    def moved(self) -> Float[Tensor, "rows rows"]:
+    def moved(self) -> Inexact[Tensor, "rows rows"]:
         return torch.from_numpy(super().moved())
 
 
 def block(
     part: "Part",
     damping: complex,
-    C: Float[Array, "n n"],
-    X: Float[Array, "n columns"] | None,
-    Sigma: Float[Array, "columns columns"] | None,
-) -> Float[Array, "p p"]:
+    C: Inexact[Array, "n n"],
+    X: Inexact[Array, "n columns"] | None,
+    Sigma: Inexact[Array, "columns columns"] | None,
+) -> Inexact[Array, "p p"]:
     """The inverse's block in the order of the parameters, of a `Joint`."""
 
-    def rest(y: Float[Array, "columns k"]) -> Array | None:
+    def rest(y: Inexact[Array, "columns k"]) -> Array | None:
         """What a movement of the input does to the weights beyond the span of the batch."""
         return -part.F_rest(y[part.carry :]) / damping if part.perp else None
 
@@ -110,7 +112,7 @@ def block(
     return part.put_together(with_x.T, None if beyond is None else beyond + rest(with_y.T))
 
 
-def eye(n: int, like: Array) -> Float[Array, "n n"]:
+def eye(n: int, like: Array) -> Inexact[Array, "n n"]:
     if isinstance(like, np.ndarray):
         return np.eye(n, dtype=like.dtype)
     return torch.eye(n, dtype=like.dtype, device=like.device)

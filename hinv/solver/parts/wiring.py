@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hinv.network import Stage
 from hinv.network.skip import on_segments
-from hinv.shapes import Inexact as Float  # a complex shift makes all of them complex
+from hinv.shapes import Inexact  # floats, or complex numbers at a complex shift
 
 from .part import Eliminated
 from .spread import Spread
@@ -21,22 +21,22 @@ class Wired(Eliminated):
         self.behind = self.wiring.sizes(self.before)
 
     def eliminate(
-        self, V: Float[Tensor, "rows rows"] | None, damping: complex, try_cholesky: bool
-    ) -> tuple[Eliminated, Float[Tensor, "columns columns"]]:
+        self, V: Inexact[Tensor, "rows rows"] | None, damping: complex, try_cholesky: bool
+    ) -> tuple[Eliminated, Inexact[Tensor, "columns columns"]]:
         assert V is not None  # only a Head knows V by itself
         for dim in (0, 1):
             V = on_segments(self.wiring.back, V, self.behind, dim)
         return self, V
 
-    def backward(self, r: Float[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Float[Tensor, "columns k"]]:
+    def backward(self, r: Inexact[Tensor, "rows k"] | None, g: Tensor) -> tuple[None, Inexact[Tensor, "columns k"]]:
         assert r is not None
         return None, on_segments(self.wiring.back, r, self.behind)
 
-    def forward(self, h: None, y: Float[Tensor, "columns k"] | None) -> tuple[Float[Tensor, "0 k"], Tensor]:
+    def forward(self, h: None, y: Inexact[Tensor, "columns k"] | None) -> tuple[Inexact[Tensor, "0 k"], Tensor]:
         assert y is not None  # a stage with parameters comes before it
         return y[:0], on_segments(self.wiring.forth, y, self.before)
 
-    def spread(self, Sigma: Float[Tensor, "columns columns"] | None) -> Spread:
+    def spread(self, Sigma: Inexact[Tensor, "columns columns"] | None) -> Spread:
         assert Sigma is not None
         for dim in (0, 1):
             Sigma = on_segments(self.wiring.forth, Sigma, self.before, dim)
