@@ -36,7 +36,8 @@ ONLY = {  # who alone may import what is heavy, or is an extra
     "filelock": {"companion/checks.py"},
     **{key: {"companion/peers.py", "optim/monitor.py"} for key in ("pyhessian", "hessian_eigenthings")},
     "backpack": {"companion/peers.py"},
-    "curvlinops": {"companion/peers.py", "spectrum/estimates.py", "spectrum/streamed.py"},
+    "curvlinops": {"companion/peers.py", "companion/rivals.py", "spectrum/estimates.py", "spectrum/streamed.py"},
+    "pytorch_optimizer": {"companion/training/config.py"},
     "jaxtyping": {"shapes.py"},
 }
 

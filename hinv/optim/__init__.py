@@ -16,9 +16,12 @@ Minibatches: a gradient wants many images and costs little; a matrix is good eno
 first images of the batch alone (Byrd et al., SIAM J. Optim. 21, 2011), `every` keeps a factorization for several steps. Both together bring an exact
 Gauss-Newton step to less than two gradient steps.
 
-Files: `descent` what all share, `preconditioned` the loop, then one file a method; `monitor` watches anybody's training. Knows `hinv.curvature`.
+A loop that calls optimizer.step(closure), a trainer's for example, gets its torch.optim.Optimizer from ClosureOptimizer(descent).
+
+Files: `descent` what all share, `preconditioned` the loop, then one file a method; `closure` for loops of others; `monitor` watches anybody's training. Knows `hinv.curvature`.
 """
 
+from .closure import ClosureOptimizer
 from .descent import Descent, Direction, GradientDescent, StepReport
 from .monitor import CurvatureMonitor
 from .newton import DampedNewton, GaussNewton
@@ -27,6 +30,7 @@ from .saddle_free import SaddleFreeNewton
 from .trust_region import TrustRegionNewton, more_sorensen
 
 __all__ = [
+    "ClosureOptimizer",
     "CurvatureMonitor",
     "DampedNewton",
     "Descent",

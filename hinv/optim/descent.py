@@ -84,6 +84,10 @@ class Descent:
         """What else the method depends on, for its repr."""
         return ""
 
+    def step(self, inputs: Tensor, targets: Tensor) -> StepReport:
+        """One step on a batch; what it found."""
+        raise NotImplementedError
+
     def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Float[Tensor, " P"]]:
         with torch.enable_grad():
             value = losses.value(self.loss, self.model(inputs), targets)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytorch_optimizer
 import torch
 from torch import nn
 
 from hinv import optim
+from hinv.companion import rivals
+
+NO_METHODS = (optim.Descent, optim.Preconditioned, optim.GradientDescent)  # what methods are made of
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,15 @@ class Config:
     """Everything a run depends on.
 
     Args:
-        method: a class of `hinv.optim` ("GaussNewton", ...) or of `torch.optim` ("SGD", "Adam", ...).
-        rate: learning rate; of SGD on the direction for the classes of `hinv.optim`. momentum: of SGD, theirs too.
+        method: a class of `hinv.optim` ("GaussNewton", ...), of `hinv.companion.rivals` ("HessianFree", "KFAC"), of `torch.optim` ("SGD", "LBFGS", ...)
+            or of pytorch-optimizer ("SOAP").
+        rate: learning rate; of SGD on the direction for the classes of hinv. momentum: of SGD, theirs too.
         options: further arguments of that class, such as damping, every, clip, betas.
         schedule, schedule_options: a class of torch.optim.lr_scheduler and its arguments; stepped once a step.
         dataset, images, side, gray: as `hinv.companion.data.load` takes them. augment: random resized crops and flips. fallback: as in `load`.
         test: how many test images to validate on, 0 for none. probe: how many training images, the first of `images`.
-        widths, activation, gain: the network is tall_skinny((pixels, *widths, classes)) with the activation of torch.nn.
+        widths, activation, gain, bias: the network is tall_skinny((pixels, *widths, classes)) with the activation of torch.nn.
+        init: "orthogonal", tall_skinny's, or "kaiming", torch's kaiming_normal_ for ReLU, as the paper's author takes it.
         batch: images a step. steps, epochs, seconds: the budget; what is used up first ends the run. seconds are those of training alone.
         target: end when the loss of a batch falls below it.
         validate_every, checkpoint_every: in steps; validation also before the first and after the last.
@@ -48,6 +54,8 @@ class Config:
     widths: tuple[int, ...] = (24,) * 7
     activation: str = "Tanh"
     gain: float = 1.0
+    bias: bool = True
+    init: str = "orthogonal"
     batch: int = 64
     steps: int | None = 100
     epochs: float | None = None
@@ -68,6 +76,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', not {self.dtype!r}")
+        if self.init not in ("orthogonal", "kaiming"):
+            raise ValueError(f"init must be 'orthogonal' or 'kaiming', not {self.init!r}")
         if not hasattr(nn, self.activation):
             raise ValueError(f"torch.nn has no activation {self.activation!r}: use Tanh, ReLU, Sigmoid, GELU, ...")
         if self.schedule is not None and not hasattr(torch.optim.lr_scheduler, self.schedule):
@@ -89,19 +99,22 @@ class Config:
         return cls(**values)
 
 
-def method_class(name: str) -> type[optim.Preconditioned] | type[torch.optim.Optimizer]:
-    ours = getattr(optim, name, None)
-    if isinstance(ours, type) and issubclass(ours, optim.Preconditioned) and ours is not optim.Preconditioned:
-        return ours
-    theirs = getattr(torch.optim, name, None)
-    if isinstance(theirs, type) and issubclass(theirs, torch.optim.Optimizer):
-        return theirs
+def method_class(name: str) -> type[optim.Descent] | type[torch.optim.Optimizer]:
+    for place in (optim, rivals):
+        ours = getattr(place, name, None)
+        if isinstance(ours, type) and issubclass(ours, optim.Descent) and ours not in NO_METHODS:
+            return ours
+    for place in (torch.optim, pytorch_optimizer):
+        theirs = getattr(place, name, None)
+        if isinstance(theirs, type) and issubclass(theirs, torch.optim.Optimizer):
+            return theirs
     raise ValueError(
-        f"unknown method {name!r}: use DampedNewton, GaussNewton, TrustRegionNewton or SaddleFreeNewton, or a class of torch.optim (SGD, Adam, ...)"
+        f"unknown method {name!r}: use DampedNewton, GaussNewton, TrustRegionNewton or SaddleFreeNewton, HessianFree or KFAC, or a class of torch.optim "
+        "(SGD, Adam, ...) or of pytorch-optimizer (SOAP, ...)"
     )
 
 
-def descent(config: Config, model: nn.Sequential) -> optim.Preconditioned | optim.GradientDescent:
+def descent(config: Config, model: nn.Sequential) -> optim.Descent:
     """The method of a run, on its model."""
     cls, loss, options = method_class(config.method), nn.CrossEntropyLoss(), dict(config.options)
     known = set(inspect.signature(cls).parameters) - {
@@ -118,7 +131,7 @@ def descent(config: Config, model: nn.Sequential) -> optim.Preconditioned | opti
         raise ValueError(
             f"{config.method} has no option {', '.join(map(repr, unknown))}: it has {', '.join(sorted(known))}"
         )
-    if issubclass(cls, optim.Preconditioned):
+    if issubclass(cls, optim.Descent):
         inner = torch.optim.SGD(model.parameters(), lr=config.rate, momentum=config.momentum)
         return cls(model, loss, inner, **options)
     clip = options.pop("clip", None)

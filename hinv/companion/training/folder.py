@@ -20,7 +20,7 @@ from .config import Config
 from .images import RunImages
 
 UNRELATED = ("paper", "spectrum", "optim/monitor.py", "companion")  # rooms and files that no run's numbers come from
-RELATED = ("companion/training", "companion/data.py")
+RELATED = ("companion/training", "companion/data.py", "companion/rivals.py")
 
 
 def key(config: Config, images: RunImages) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import warnings
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,16 @@ class Session:
         self.model = tall_skinny(
             (pixels, *config.widths, images.classes),
             getattr(nn, config.activation),
+            bias=config.bias,
             gain=config.gain,
             seed=config.seed,
             dtype=getattr(torch, config.dtype),
-        ).to(config.device)
+        )
+        if config.init == "kaiming":
+            generator = torch.Generator().manual_seed(config.seed)
+            for layer in self.model[::2]:
+                nn.init.kaiming_normal_(cast(nn.Linear, layer).weight, nonlinearity="relu", generator=generator)
+        self.model.to(config.device)
         self.descent = descent(config, self.model)
         self.schedule = None
         if config.schedule is not None:
