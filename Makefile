@@ -70,7 +70,7 @@ fuzz: $(STAMP)  ## random networks and calls against dense matrices (SECONDS=600
 	$(PY) tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
 # tests of what has no device of its own to care for (training, notebooks, peers) run on the CPU alone
-ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain posterior laplace poles
+ON_CUDA := symmetric stages factor hessian spectrum optim modes paper blocks chain posterior laplace poles jets closure
 
 cuda: $(STAMP)  ## the tests of the mathematics and the figures of speed on this machine's GPU, results/gpu.json
 	HINV_DEVICE=cuda $(PY) -m pytest -q -n $(JOBS) $(ON_CUDA:%=tests/test_%.py)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -18,7 +19,7 @@ METHODS = {
 
 
 def problem(seed=0):
-    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(12, 6, generator=torch.Generator(DEVICE).manual_seed(seed), dtype=torch.float64)
     return tall_skinny((6, 5, 5, 4), seed=seed), nn.CrossEntropyLoss(), x, torch.arange(12) % 4
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import reference_loss, relative
+from conftest import DEVICE, reference_loss, relative
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -23,7 +23,7 @@ class Cube(nn.Module):
 
 
 def points(batch, d, seed=0):
-    return torch.rand(batch, d, generator=torch.Generator().manual_seed(seed), dtype=D)
+    return torch.rand(batch, d, generator=torch.Generator(DEVICE).manual_seed(seed), dtype=D)
 
 
 def by_backward(model, x, second):
