@@ -168,7 +168,7 @@ def definition(J, r, damping, previous):
     """argmin |J d - r|^2 + damping |d - previous|^2, as one dense least-squares problem."""
     A = torch.cat([J, damping**0.5 * torch.eye(J.shape[1], dtype=D)])
     b = torch.cat([r, damping**0.5 * previous])
-    return torch.linalg.lstsq(A, b[:, None], driver="gelsd").solution[:, 0]
+    return torch.linalg.lstsq(A.cpu(), b[:, None].cpu(), driver="gelsd").solution[:, 0].to(A.device)
 
 
 @pytest.mark.parametrize("fewer", [False, True])

@@ -201,6 +201,9 @@ def test_the_figures_of_a_gpu_are_taken_right(tmp_path, monkeypatch):
     for damping in ("1", "0.1"):
         at = flag[f"damping {damping}"]
         assert at["residual"] < 1e-12 and sum(at["inertia"]) == flag["parameters"] and sum(at["kinds"].values()) == 5
+        assert at["float32"]["residuals"][0] > 1e-9 > 1e-13 > at["float32"]["residuals"][-1]
+    found = device.equation(here, inside=60, edge=20, steps=3)
+    assert found["points"] == 80 and found["parameters"] == 9873 and 0 < found["error"] < 2
 
 
 def test_readme_lists_every_notebook_and_figure():

@@ -149,12 +149,20 @@ def on_a_gpu(record: dict[str, Any]) -> str:
     share = min(row["flops_per_second"] for row in at.values()) / rate
     residual = max(row["residual"] for row in at.values())
     negative = " and ".join(f"{row['inertia'][1]:,} (damping {damping})" for damping, row in at.items())
-    small = ", ".join(f"{name}: {1 / row['ratio']:.1f} times slower" for name, row in figures["against dense"].items())
+    small = ", ".join(
+        f"{name} {1e3 * row['derivatives_factor_solve']:.0f} ms (dense {1e3 * row['dense']:.0f})"
+        for name, row in figures["against dense"].items()
+    )
+    single, u = [row["float32"] for row in at.values()], figures["a differential equation"]
+    refined = max(next(k for k, r in enumerate(row["residuals"]) if r <= 1e-12) for row in single)
     return (
         f"On one {record['device']} (`make cuda`, `results/gpu.json`): the full-batch Hessian of {flag['images']:,} CIFAR-10 images (8 x 8, grey) on "
         f"{flag['layers']} layers, {flag['parameters']:,} parameters, is factored in {slowest:.1f} s with {at['1']['peak_bytes'] / 1e9:.0f} GB: "
         f"residual {residual:.0e} refined, {negative} negative eigenvalues, log-determinant. The aim was half of the device's own rate of matrix products "
         f"({rate / 1e12:.0f} Tflop/s); it is {share:.2f}, as for every layer the factorization also passes several times over a matrix of {(24 * flag['images']) ** 2 * 8 / 1e9:.1f} GB. "
-        f"The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks do not belong "
-        f"there: a stage is a few dozen launches, and the dense route is faster ({small})."
+        f"The network of 19 layers of 64 takes {ten:.2f} s with ten classes, {thousand:.2f} with a thousand. Small networks gain little "
+        f"there, as a stage is a few dozen launches: derivatives, factorization and solve take {small}. In float32 the large one takes "
+        f"{max(row['factor'] for row in single):.1f} s and {single[0]['peak_bytes'] / 1e9:.0f} GB; {refined} refinements with float64 products bring the residual "
+        f"below 1e-12. {u['steps']} exact Gauss-Newton steps on a differential equation (notebook 12), {u['points']:,} points and {u['parameters']:,} parameters, "
+        f"take {u['seconds']:.1f} s and end at an error of {u['error']:.0e}."
     )
