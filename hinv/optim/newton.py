@@ -46,9 +46,10 @@ class DampedNewton(Preconditioned):
 class GaussNewton(DampedNewton):
     """(G + eps I)^-1 g with the exact Gauss-Newton matrix, always downhill; for cross-entropy the exact natural gradient.
 
-    On a fixed batch the damping adapts and a step that fails is taken back. On minibatches, where rho sees only the batch that made the step,
-    a fixed damping (adapt=1, accept=False) and a rate below one are better. For least squares that can be met almost exactly, as a differential equation's
-    residuals can, a small fixed damping (adapt=1, 1e-10) with search=True: there the direction is right long before its length is.
+    On a fixed batch the damping adapts and a step that fails is taken back; search=True there, without which networks of ReLU hardly converge (notebook 09a).
+    On minibatches, where rho sees only the batch that made the step, a fixed damping (adapt=1, accept=False), no search and a rate below one are better. For
+    least squares that can be met almost exactly, as a differential equation's residuals can, a small fixed damping (adapt=1, 1e-8) with search=True and
+    momentum=0.95 (notebook 12): there the direction is right long before its length is.
 
     Where torch.distributed is initialized, the batch of a step is what all processes give together, each some samples of it, and all take the same step: inputs
     and backpropagated deltas are gathered, each process forms its strips of the dual's Gram matrix, and all factor it. The loss must be a sum, or a mean of

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -87,35 +88,50 @@ def bands(
     bound_label: str = "",
 ) -> Figure:
     """For each name the median over repetitions (x, y) as a line and their range as a band, as far as the shortest repetition goes."""
-    figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
-    for (name, repetitions), (colour, marker) in zip(runs.items(), styles(list(runs)), strict=True):
-        length = min(len(x) for x, _ in repetitions)
-        x, y = (np.array([np.asarray(r[i], float)[:length] for r in repetitions]) for i in (0, 1))
-        every = (
-            np.unique(np.geomspace(1, length, 6).astype(int) - 1)
-            if "x" in log
-            else np.linspace(0, length - 1, 6).astype(int)
-        )
-        x = np.median(x, 0)
-        axis.plot(
-            x,
-            np.median(y, 0),
-            marker + "-",
-            color=colour,
-            ms=5,
-            lw=1.4,
-            markevery=every.tolist(),
-            label=name,
-        )
-        axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
-    if bound is not None:
-        axis.axhline(bound, color="0.3", ls="--", lw=1, label=bound_label)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    for name in log:
-        getattr(axis, f"set_{name}scale")("log")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return races({title: runs}, xlabel, ylabel, log, bound, bound_label)
+
+
+def races(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[Numbers, Numbers]]]],
+    xlabel: str,
+    ylabel: str,
+    log: str = "xy",
+    bound: float | None = None,
+    bound_label: str = "",
+) -> Figure:
+    """`bands` side by side, one panel a title, with one legend: a name has the same colour in all."""
+    names = list(dict.fromkeys(name for runs in panels.values() for name in runs))
+    look = dict(zip(names, styles(names), strict=True))
+    width = 7.4 if len(panels) == 1 else 3.9 * len(panels) + 1.6
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.2), layout="constrained", sharey=True, squeeze=False)
+    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        for name, repetitions in runs.items():
+            _band(axis, name, repetitions, look[name], "x" in log)
+        if bound is not None:
+            axis.axhline(bound, color="0.3", ls="--", lw=1, label=bound_label)
+        axis.set(xlabel=xlabel, title=title)
+        for which in log:
+            getattr(axis, f"set_{which}scale")("log")
+    axes[0, 0].set_ylabel(ylabel)
+    handles = {l: h for axis in axes[0] for h, l in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0, -1].legend(handles.values(), handles.keys(), frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     sns.despine(figure)
     return figure
+
+
+def _band(
+    axis: Axes, name: str, repetitions: Sequence[tuple[Numbers, Numbers]], look: tuple[Any, str], logarithmic: bool
+) -> None:
+    length = min(len(x) for x, _ in repetitions)
+    x, y = (np.array([np.asarray(r[i], float)[:length] for r in repetitions]) for i in (0, 1))
+    every = (
+        np.unique(np.geomspace(1, length, 6).astype(int) - 1)
+        if logarithmic
+        else np.linspace(0, length - 1, 6).astype(int)
+    )
+    x, (colour, marker) = np.median(x, 0), look
+    axis.plot(x, np.median(y, 0), marker + "-", color=colour, ms=5, lw=1.4, markevery=every.tolist(), label=name)
+    axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
 
 
 def fields(

@@ -35,6 +35,11 @@ COLOURS = {
     "gmres": PALETTE[6],
     "SaddleFreeNewton": PALETTE[6],
     "SGD": PALETTE[3],
+    "L-BFGS": PALETTE[5],
+    "HessianFree": PALETTE[9],
+    "KFAC": PALETTE[4],
+    "SOAP": PALETTE[7],
+    "Muon": PALETTE[8],
     # unknowns, and the blocks that multiply them
     "parameters": PALETTE[0],
     "activations": PALETTE[1],

@@ -26,7 +26,7 @@ class Config:
         rate: learning rate; of SGD on the direction for the classes of hinv. momentum: of SGD, theirs too.
         options: further arguments of that class, such as damping, every, clip, betas.
         schedule, schedule_options: a class of torch.optim.lr_scheduler and its arguments; stepped once a step.
-        dataset, images, side, gray: as `hinv.companion.data.load` takes them. augment: random resized crops and flips. fallback: as in `load`.
+        dataset, images, side, gray, normalize: as `hinv.companion.data.load` takes them; normalize=False leaves the pixels between 0 and 1. augment: random resized crops and flips. fallback: as in `load`.
         test: how many test images to validate on, 0 for none. probe: how many training images, the first of `images`.
         widths, activation, gain, bias: the network is tall_skinny((pixels, *widths, classes)) with the activation of torch.nn.
         init: "orthogonal", tall_skinny's, or "kaiming", torch's kaiming_normal_ for ReLU, as the paper's author takes it.
@@ -49,6 +49,7 @@ class Config:
     probe: int = 256
     side: int | None = None
     gray: bool = False
+    normalize: bool = True
     augment: bool = False
     fallback: str | None = None
     widths: tuple[int, ...] = (24,) * 7

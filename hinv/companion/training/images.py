@@ -50,18 +50,20 @@ def _crops(
 
 
 def images(config: Config) -> RunImages:
-    """Training, probe and test images with zero mean and unit variance by the training images' channels (of a sample of them under augmentation)."""
+    """Training, probe and test images, normalized by the mean and variance of the training images' channels (of a sample of them under augmentation)."""
     dtype, side = getattr(torch, config.dtype), config.side
     where = {"name": config.dataset, "fallback": config.fallback}  # the same images for every seed
     how = where | {"gray": config.gray, "side": side, "dtype": dtype}
     if config.augment:
         if side is None:
             raise ValueError("random crops need side=, the size they are resized to")
+        if not config.normalize:
+            raise ValueError("random crops are normalized: leave normalize at True, or augment at False")
         train, sample = _crops(
             where["name"], where["fallback"], config.images, side, config.gray, dtype, config.probe, config.seed
         )
     else:
-        sample = _loaded(**how, n=config.images, normalize=True)
+        sample = _loaded(**how, n=config.images, normalize=config.normalize)
         train = data.Stack(sample.x, sample.y)
     if config.batch > len(train):
         raise ValueError(f"a batch of {config.batch} from {len(train)} images of {sample.name}: use a smaller batch")
