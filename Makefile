@@ -11,7 +11,7 @@ MAP       := $(firstword $(NOTEBOOKS))
 CHAPTERS  := $(filter-out $(MAP),$(NOTEBOOKS))
 SOURCES   := $(shell find hinv -name "*.py")
 # JOBS notebooks at a time, one thread each, the longest first
-LONG      := $(wildcard notebooks/09*.ipynb notebooks/07*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
+LONG      := $(wildcard notebooks/09*.ipynb notebooks/12*.ipynb notebooks/07*.ipynb notebooks/08*.ipynb notebooks/10*.ipynb)
 ORDERED   := $(LONG) $(filter-out $(LONG),$(CHAPTERS))
 NBVAL      = OMP_NUM_THREADS=1 HINV_OUTPUT=$(CURDIR)/build/nbval $(PY) -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=900
 DONE      := $(patsubst notebooks/%,build/notebooks/%,$(ORDERED) $(MAP))
