@@ -68,6 +68,7 @@ def test_everything_imported_is_pinned():
         "curvlinops": "curvlinops-for-pytorch",
         "hessian_eigenthings": "hessian-eigenthings",
         "laplace": "laplace-torch",
+        "pytorch_optimizer": "pytorch-optimizer",
     }
     sources = [path.read_text() for folder in ("hinv", "tests") for path in (ROOT / folder).rglob("*.py")]
     sources += [
