@@ -88,6 +88,7 @@ def cases() -> dict[str, tuple]:
         "steps, weighted": (STEPS, model, weighted, shares),
         "steps, squared": (STEPS, model, nn.MSELoss(), other),
         "steps, summed": (STEPS, model, nn.MSELoss(reduction="sum"), other),
+        "steps, searched": (STEPS.replace("every=2", "search=True, momentum=0.5"), model, nn.MSELoss(), other),
         "fails": (FAILS, model, weighted, shares),
     }
 
@@ -144,7 +145,7 @@ for _ in range(6):
 """
 
 
-@pytest.mark.parametrize("loss", ["weighted", "squared", "summed"])
+@pytest.mark.parametrize("loss", ["weighted", "squared", "summed", "searched"])
 def test_gauss_newton_of_two_processes_takes_the_steps_of_one(together, loss):
     single = alone(f"steps, {loss}")
     for a, c, one in zip(*(found[f"steps, {loss}"] for found in together), single, strict=True):

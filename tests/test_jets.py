@@ -241,6 +241,16 @@ def test_search_finds_a_length_that_descends():
     assert min(lengths) < 1
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, 0.5), lambda p: torch.optim.SGD(p, 1.0, 0.9), lambda p: torch.optim.Adam(p, 1.0)],
+)
+def test_a_search_wants_the_step_as_it_is(make):
+    model = tall_skinny([2, 4, 1])
+    with pytest.raises(ValueError, match="SGD\\(lr=1\\)"):
+        optim.GaussNewton(model, nn.MSELoss(), make(model.parameters()), search=True)
+
+
 def test_momentum_is_checked_and_goes_with_the_state(tmp_path):
     with pytest.raises(ValueError, match="momentum must lie between 0 and 1"):
         optim.GaussNewton(tall_skinny([2, 3, 1]), nn.MSELoss(), momentum=1.0)

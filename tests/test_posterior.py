@@ -14,8 +14,8 @@ from hinv import GGN, AccuracyWarning, Hessian, SingularShiftError, tall_skinny
 from hinv.solver.dual import Dual
 from hinv.solver.factor import Factor
 
-# without pivoting, on a GPU, up to three digits fewer (`hinv.solver.symmetric.GROWTH`); there `check` also asks that it be said
-INDEFINITE = 1e-9 if DEVICE == "cpu" else 1e-6
+# without pivoting, on a GPU, up to two digits fewer (`hinv.solver.symmetric.GROWTH`)
+INDEFINITE = 1e-9 if DEVICE == "cpu" else 1e-7
 
 
 def eye(n):
@@ -46,8 +46,6 @@ def ggn_of(J, Lambda):
 
 def check(F, M, J, tolerance):
     """Everything that F knows of the inverse against M = (H + damping I)^-1."""
-    if DEVICE != "cpu" and tolerance == INDEFINITE:
-        assert relative(F.inverse_diagonal(), M.diagonal()) < max(1e-9, 30 * F.inverse_error)
     assert relative(F.inverse_diagonal(), M.diagonal()) < tolerance
     assert F.inverse_trace() == pytest.approx(M.trace().item(), abs=tolerance * M.diagonal().abs().sum().item())
     assert relative(F.output_covariance(), J @ M @ J.mT) < tolerance
@@ -302,8 +300,8 @@ def test_leave_one_out_of_the_hessian(name):
     assert relative(hinv.leave_one_out(Hessian(*problem), *test, damping), torch.stack(moved)) < 1e-7
 
 
-# a residual of 1e-8 is about what this damping leaves of a solution; the answer, not the residual, is judged
-@pytest.mark.filterwarnings("ignore::hinv.AccuracyWarning")
+# on a GPU the residual ends just above 1e-8, which is said; the answer is judged all the same
+@pytest.mark.filterwarnings(("error" if DEVICE == "cpu" else "ignore") + "::hinv.AccuracyWarning")
 def test_leave_one_out_of_samples_that_determine_their_own_prediction():
     """At little damping the leverages are next to one; the network is linear, so that long arithmetic can tell."""
     mpmath = pytest.importorskip("mpmath")

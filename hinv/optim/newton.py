@@ -58,7 +58,8 @@ class GaussNewton(DampedNewton):
     Args:
         momentum: mu of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190): d minimizes |J d - r|^2 + eps |d - mu d_previous|^2, that is
             (G + eps I)^-1 (g + eps mu d_previous), d_previous the direction before (forgotten when a step is taken back). Between 0 and 1.
-        search: whether d is halved until the loss of the batch falls, and on as long as it falls further, down to 2^-30; each length costs a forward pass.
+        search: whether d is halved until the loss of the batch falls, and on as long as it falls further, down to 2^-30; each length costs a forward pass. The
+            optimizer stays at its default, SGD(lr=1).
     """
 
     kind = GGN
@@ -80,9 +81,14 @@ class GaussNewton(DampedNewton):
         super().__init__(model, loss, optimizer, clip, damping, adapt, every, accept, sample)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie between 0 and 1 (excluded), not {momentum}")
+        inner = self.optimizer.param_groups[0]
+        if search and (type(self.optimizer) is not torch.optim.SGD or inner["lr"] != 1 or inner["momentum"] or clip):
+            raise ValueError(
+                "search=True finds the length of the step itself, which another rate, momentum or clip would change afterwards: leave the optimizer at its "
+                "default, SGD(lr=1), and use momentum= of this class"
+            )
         self.momentum, self.search = float(momentum), bool(search)
         self._previous: Float[Tensor, " P"] | None = None
-
         if ranks.several():
             if sample is not None:
                 raise ValueError(
@@ -123,8 +129,7 @@ class GaussNewton(DampedNewton):
         before, length, best, lowest = self._position(), 1.0, 1.0, loss
         while length >= SHORTEST:
             vector_to_parameters(before - length * d, self.parameters)
-            with torch.no_grad():
-                value = float(self.loss(self.model(inputs), targets))
+            value = self._value(inputs, targets)
             if value < lowest:
                 best, lowest = length, value
             elif lowest < loss:
