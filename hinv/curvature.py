@@ -177,7 +177,7 @@ class Curvature(Matrix):
             b: (P,) or (P, k), for example `H.gradient` (loss / parameter).
             damping: eps (loss / parameter^2); any sign. It is never changed on the way.
             method: "auto" takes the cheaper of "factor" and "dense" by `estimate`, then refines, then GMRES preconditioned by the factorization, then
-                "sparse". By name: "factor", "sparse" (SuperLU of K), "tridiagonal" O(L (p + 2Ba)^3), "woodbury" O(L (2p + 2Ba)^3),
+                "sparse". By name: "factor", "factor32" (the same in float32, refined by float64 products: half the memory), "sparse" (SuperLU of K), "tridiagonal" O(L (p + 2Ba)^3), "woodbury" O(L (2p + 2Ba)^3),
                 "dense" O(P^3), "minres", "cg".
             rtol: wanted ||(H + damping I)x - b|| / ||b||; by default 1e-8 in float64, 1e-4 in float32.
 

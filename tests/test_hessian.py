@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE, NAMES, build, reference_hessian, reference_loss, relative
 from torch import nn
 
-from hinv import AccuracyWarning, Hessian, solve, tall_skinny
+from hinv import AccuracyWarning, Hessian, SingularShiftError, solve, tall_skinny
 
 METHODS = ("factor", "sparse", "tridiagonal", "woodbury", "dense")
 
@@ -118,13 +118,16 @@ def test_residual_is_measured_not_assumed():
 
 
 def test_residual_is_independent_of_the_solver():
-    """Blocks one percent wrong: the algorithm solves another system, and the residual must say so."""
+    """Blocks that are wrong: the algorithm solves another system, and the residual must say so; of one that is close refinement still makes the right one."""
     H = Hessian(*build("tanh, cross-entropy"))
-    wrong = [dataclasses.replace(layer, E=1.01 * layer.E, J=1.01 * layer.J) for layer in H.layers]
-    H.__dict__["layers"] = wrong
+    right, M = H.layers, H.dense() + 0.1 * torch.eye(H.shape[0], dtype=H.dtype)
+    H.__dict__["layers"] = [dataclasses.replace(layer, E=3.0 * layer.E, J=3.0 * layer.J) for layer in right]
     with pytest.warns(AccuracyWarning, match="not reached"):
         H.solve(H.gradient, damping=0.1, method="tridiagonal", rtol=1e-10)
     assert H.last_solve.residual > 1e-7
+    H.__dict__["layers"] = [dataclasses.replace(layer, E=1.01 * layer.E, J=1.01 * layer.J) for layer in right]
+    x = H.solve(H.gradient, damping=0.1, method="tridiagonal", rtol=1e-10)
+    assert H.last_solve.refinements > 3 and relative(M @ x, H.gradient) < 1e-10
 
 
 def test_the_best_of_the_refinements_is_kept(monkeypatch):
@@ -187,6 +190,37 @@ def test_refinement_improves_a_poor_factorization(monkeypatch):
     assert H.last_solve.refinements == 3 and H.last_solve.residual < 2e-8
 
 
+def test_refinement_stops_where_a_step_does_not_halve_the_residual(monkeypatch):
+    H = Hessian(*build("tanh, cross-entropy"))
+    exact = torch.linalg.inv(H.dense() + torch.eye(H.shape[0], dtype=H.dtype))
+    monkeypatch.setitem(solve.METHODS, "dense", lambda *a: lambda b: 0.4 * exact @ b)  # leaves 0.6
+    with pytest.warns(AccuracyWarning):
+        H.solve(H.gradient, damping=1.0, method="dense")
+    assert H.last_solve.refinements == 1 and H.last_solve.residual == pytest.approx(0.36, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 1e-3, -0.05])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_refined_has_the_digits_of_float64(name, share):
+    """Or says that it has not: a pivot that is zero in float32 is refused by its stage, a residual that stays is warned of."""
+    H, D = Hessian(*build(name)), reference_hessian(*build(name))
+    damping = share * torch.linalg.matrix_norm(D, 2).item()
+    M, b = D + damping * torch.eye(len(D)).to(D), torch.stack([H.gradient, H.gradient.cos()], 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AccuracyWarning)
+        try:
+            x = H.solve(b, damping, "factor32", rtol=1e-11)
+        except SingularShiftError as error:
+            assert share < 0.01 and str(error).startswith("in float32") and "nine digits more" in str(error)
+            return
+    if share > 0.01:
+        assert not caught
+    if not caught:
+        assert ((M @ x - b).norm(dim=0) / b.norm(dim=0)).max() < 1e-10 and H.last_solve.method == "factor32"
+    else:
+        assert H.last_solve.residual > 1e-11
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_singular_matrix_is_named(method):
     """One identity weight, squared error on x = 1: H = 2, so damping -2 is singular."""
@@ -239,7 +273,9 @@ def test_bad_right_hand_sides(b, kind, message):
 
 def test_bad_options():
     H = Hessian(*build("tanh, cross-entropy"))
-    with pytest.raises(ValueError, match="unknown method 'newton': use 'auto', 'factor', 'sparse', 'tridiagonal'"):
+    with pytest.raises(
+        ValueError, match="unknown method 'newton': use 'auto', 'factor', 'factor32', 'sparse', 'tridiagonal'"
+    ):
         H.solve(H.gradient, method="newton")
     with pytest.raises(ValueError, match="damping must be a finite number"):
         H.solve(H.gradient, damping=float("nan"))

@@ -1,11 +1,12 @@
 """What a factorization keeps: V at some stages instead of all stages, with the same answers."""
 
+import pickle
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, build, reference_hessian, relative
+from conftest import DEVICE, NAMES, build, reference_hessian, relative
 from torch import nn
 
 from hinv import GGN, Hessian, SingularShiftError
@@ -13,7 +14,7 @@ from hinv.companion.bench import measure
 from hinv.solver import memory
 from hinv.solver.estimate import by_checkpoints
 from hinv.solver.factor import Factor
-from hinv.solver.kept import Checkpoints, segment
+from hinv.solver.kept import Checkpoints, Elsewhere, segment
 
 
 def numbers(things) -> int:
@@ -54,6 +55,49 @@ def test_checkpoints_answer_as_all_stages_do(name, damping):
         assert relative(c.sample(2), a.sample(2)) < 1e-12
         assert relative(c.inverse_block(0), a.inverse_block(0)) < 1e-12
         assert relative(c.output_covariance(), a.output_covariance()) < 1e-12
+
+
+AWAY = "host" if DEVICE == "cuda" else "disk"
+
+
+@pytest.mark.parametrize("damping", [1.0, -0.03])
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_kept_elsewhere_answer_to_the_bit(name, damping):
+    H = Hessian(*build(name))
+    a, c, again = (
+        Factor(H.structure(torch.float64), damping, H.__matmul__, keep=keep) for keep in ("all", AWAY, "disk")
+    )
+    b = torch.stack([H.gradient, H.gradient.cos()], 1)
+    assert isinstance(c.pivots, Elsewhere) and len(c.pivots) == len(a.pivots) and repr(c) == repr(a)
+    for F in (c, again):
+        assert torch.equal(F.solve(b), a.solve(b)) and F.negative == a.negative and F.uncertainty == a.uncertainty
+        assert torch.equal(F._diagonal(), a._diagonal())
+        if not a.negative:
+            assert F.inertia == a.inertia and F.logdet == a.logdet and F.noises == a.noises
+            assert torch.equal(F.sample(2), a.sample(2)) and torch.equal(F.output_covariance(), a.output_covariance())
+
+
+def test_nothing_of_a_stage_stays_in_memory():
+    H = measure.network((16, *[16] * 99, 10), 4)
+    a, c = H.factor(0.01), H.factor(0.01, keep="disk")
+    made = [pivot for pivot in c.pivots.packed if hasattr(pivot, "part")]  # the others are of the structure
+    assert len(made) == 100 and numbers(made) == 0 < numbers(list(a.pivots))
+    size, need = c.pivots.place.size, H.estimate().bytes
+    assert 0.5 * need["kept"] < size < 1.5 * need["kept"] and need["stage"] < need["checkpoints"] < need["factor"]
+    with pytest.raises(TypeError, match="factor again there"):
+        pickle.dumps(c)
+
+
+def test_what_has_no_room_elsewhere_is_refused(monkeypatch):
+    H = measure.network((16, *[16] * 99, 10), 4)
+    monkeypatch.setattr(memory, "room", lambda: ("/elsewhere", 1000))
+    with pytest.raises(
+        MemoryError, match=r"keep='disk' take about [\d,]+ bytes; 1,000 are free in /elsewhere. Set TMPDIR"
+    ):
+        H.factor(0.1, keep="disk")
+    if H.device.type == "cpu":
+        with pytest.raises(ValueError, match="is for a model on another device"):
+            H.factor(0.1, keep="host")
 
 
 def test_against_the_dense_matrix():
@@ -122,7 +166,7 @@ def test_counts_and_determinants_go_on_where_not_all_stages_fit(monkeypatch):
 
 def test_refusals():
     H = Hessian(*build("tanh, cross-entropy"))
-    with pytest.raises(ValueError, match=r"keep must be one of 'all', 'checkpoints', not 'some'"):
+    with pytest.raises(ValueError, match=r"keep must be one of 'all', 'checkpoints', 'host', 'disk', not 'some'"):
         H.factor(0.1, keep="some")
     with pytest.raises(SingularShiftError, match=r"stage '.*Linear"):
         Hessian(*build("tanh, cross-entropy")[:2], torch.zeros(9, 6).double(), torch.arange(9) % 4).factor(

@@ -28,7 +28,9 @@ class Estimate:
     batch: int
     method: str
     flops: dict[str, float]  # by method
-    bytes: dict[str, int]  # peak, by method; "checkpoints": of a factor that keeps these alone, and of a solve with it
+    # peak, by method; "checkpoints": of a factor that keeps these alone, and of a solve with it; "stage": of one that keeps its stages elsewhere, where they
+    # take "kept"
+    bytes: dict[str, int]
     overhead: dict[str, float]  # by method: what calls cost, in flops
 
     @property
@@ -149,6 +151,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     size = {
         "factor": int(item * peak),
         "checkpoints": int(item * by_checkpoints(stages)),
+        "stage": int(item * max(keep + scratch for _, keep, scratch in stages)),
+        "kept": int(item * kept),
         "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS))),
     }
     if gauss_newton:

@@ -30,7 +30,7 @@ from hinv.shapes import Float, Inexact
 from hinv.vectors import normal, seeded
 
 from .inverse import Inverse
-from .kept import Checkpoints, Pivots, Share
+from .kept import stored
 from .memory import Holes
 from .parts import Eliminated, Spread, Structure
 from .symmetric import SingularPivotError
@@ -54,9 +54,6 @@ class Elimination:
     def __init__(self, structure: Structure, damping: complex, scarce: bool):
         self.stages, self.V = structure[0][::-1], structure[1]
         self.damping, self.holes = damping, Holes(scarce)
-
-    def all(self) -> list[Eliminated]:
-        return [pivot for pivot, _, _ in self.run(0, len(self.stages), self.V, True)]
 
     def run(
         self, start: int, end: int, V: Tensor | None, definite: bool
@@ -100,15 +97,9 @@ class Factor(Inverse):
         self.damping, self.product = damping, product
         self.rows = None if V is None else len(V)  # None where a `Head` knows V
         self.largest = max(stage.outputs.numel() for stage, _ in stages)
-        self.pivots: Pivots
-        self.shares: Sequence[Eliminated | Share]  # of each pivot, what inertia, determinant and samples ask of it
         with threads(self.largest):
-            elimination = Elimination(structure, damping, scarce)
-            if keep == "all":
-                self.pivots = self.shares = elimination.all()
-            else:
-                self.pivots = Checkpoints(elimination)
-                self.shares = self.pivots.shares
+            self.pivots = stored(Elimination(structure, damping, scarce), keep)
+        self.shares = self.pivots.shares  # of each pivot, what inertia, determinant and samples ask of it
         self.sizes, self.batch = [part.p for _, part in stages], len(stages[0][0].inputs)
         self.owners = [number for number, (stage, _) in enumerate(stages) if stage.parameters]
         self.names = [stages[number][0].name for number in self.owners]

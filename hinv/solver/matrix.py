@@ -15,7 +15,7 @@ from .dual import Dual
 from .estimate import Estimate, estimate
 from .factor import Factor
 from .kept import KEEP
-from .memory import SMALL_NEED, available, require
+from .memory import SMALL_NEED, available, require, require_elsewhere
 from .parts import Structure, parts
 from .products import Products
 
@@ -63,7 +63,8 @@ class Matrix(Products):
             dtype: of the arithmetic; the model's by default. float64 for a float32 model costs twice and loses no digits to small pivots.
             keep: "all" stages, or "checkpoints": V at every sqrt(L)-th of them, from which the others are made again, to the bit. Memory of 2 sqrt(L)
                 stages instead of L; a solve then costs two factorizations more, inertia and determinant nothing (of an indefinite matrix a solve, which
-                measures how far they are to be believed).
+                measures how far they are to be believed). Or all stages elsewhere, one at a time on the device: "host" (from a GPU), "disk" (a temporary
+                file, in TMPDIR); a solve reads them twice.
 
         Returns:
             a `Factor` with solve(b), inertia, logdet and parts of the inverse: inverse_diagonal(), inverse_block(stage), inverse_trace(),
@@ -71,7 +72,7 @@ class Matrix(Products):
 
         Raises:
             SingularShiftError: a pivot is zero to working precision (damping is minus an eigenvalue), with the stage's name.
-            MemoryError: the estimate exceeds the free memory; says what to reduce. Nothing was allocated.
+            MemoryError: the estimate exceeds the free memory, or the file the free disk; says what to reduce. Nothing was allocated.
         """
         damping = checked_damping(damping)
         dtype = dtype or self.dtype
@@ -82,6 +83,8 @@ class Matrix(Products):
         if keep not in KEEP:
             raise ValueError(f"keep must be one of {', '.join(map(repr, KEEP))}, not {keep!r}")
         scarce = require(prediction, KEEP[keep], self.device)
+        if KEEP[keep] == "stage":
+            require_elsewhere(prediction, keep, self.device)
         return Factor(self.structure(dtype), damping, functools.partial(_multiplied, self, dtype), scarce, keep)
 
     def __getstate__(self) -> dict[str, Any]:

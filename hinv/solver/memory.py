@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,9 +76,34 @@ def require(prediction: Estimate, method: str, device: torch.device) -> bool:
         raise MemoryError(
             f"method '{method}' on {prediction.parameters:,} parameters and a batch of {prediction.batch} needs about {need:,} bytes; "
             f"{free:,.0f} are free on {device}. Reduce the batch or the width (memory grows with the square of batch times width), use "
-            "float32, factor(damping, keep='checkpoints') where the network is deep, or an iterative method ('minres')"
+            "float32, factor(damping, keep='checkpoints') or keep='disk' where the network is deep, or an iterative method ('minres')"
         )
     return 3 * need > free and device.type == "cpu"
+
+
+def require_elsewhere(prediction: Estimate, keep: str, device: torch.device) -> None:
+    """Refuse what does not fit into the host's memory, or into the folder of temporary files.
+
+    Raises:
+        ValueError: the device is the host. MemoryError: bytes needed and free.
+    """
+    if keep == "host" and device.type == "cpu":
+        raise ValueError(
+            "keep='host' is for a model on another device: on the CPU 'all' does that, and keep='disk' takes the stages out of memory"
+        )
+    need = prediction.bytes["kept"]
+    where, free = ("the host", available(torch.device("cpu"))) if keep == "host" else room()
+    if need > free:
+        raise MemoryError(
+            f"the stages of a factor of {prediction.parameters:,} parameters with keep={keep!r} take about {need:,} bytes; {free:,.0f} are free in {where}. "
+            "Set TMPDIR to a folder with more space for keep='disk', use keep='checkpoints', or reduce the batch or the width"
+        )
+
+
+def room() -> tuple[str, float]:
+    """The folder of temporary files, and how many bytes are free in it."""
+    folder = tempfile.gettempdir()
+    return folder, shutil.disk_usage(folder).free
 
 
 HOLES = 2**25  # bytes freed after which the allocator is asked to return them

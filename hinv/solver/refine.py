@@ -14,7 +14,7 @@ from hinv.shapes import Float
 
 from .products import Operator, operator
 
-REFINEMENTS = 3
+ENOUGH = 0.5  # of the residual before: a refinement that leaves more of it is the last one
 KRYLOV = 60  # iterations of GMRES with the factorization as preconditioner, before the next fallback
 
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a residual, by default
@@ -41,17 +41,17 @@ def refined(
     rtol: float,
     start: Float[Tensor, "P *k"] | None = None,
 ) -> tuple[Float[Tensor, "P *k"], float, int]:
-    """x += apply(b - (H + damping I) x) while it helps; the best x seen, its relative residual (worst column), and how many steps it took."""
+    """x += apply(b - (H + damping I) x) while that halves the residual; the best x seen, its relative residual (worst column), and how many steps it took."""
     x = apply(b) if start is None else start
     r, size = residual_of(H, x, b, damping)
     steps = 0
-    while steps < REFINEMENTS and rtol < size < float("inf"):
+    left = 0.0
+    while rtol < size < float("inf") and left <= ENOUGH:
         candidate = x + apply(r)
         r_new, size_new = residual_of(H, candidate, b, damping)
-        steps += 1
-        if not size_new < size:
-            break
-        x, r, size = candidate, r_new, size_new
+        steps, left = steps + 1, size_new / size
+        if size_new < size:
+            x, r, size = candidate, r_new, size_new
     return x, size, steps
 
 
