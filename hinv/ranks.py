@@ -1,10 +1,11 @@
 """Several processes (torch.distributed), each with samples of its own: sums over all of them, and decisions that the first makes for all.
 
 Every process makes the same calls in the same order; how many batches each has does not matter. Where none is initialized, each function is what it does
-alone.
+alone. A process that ends takes the others with it: they raise ConnectionError at their next sum.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +33,27 @@ def first() -> bool:
     return number() == 0
 
 
+@contextlib.contextmanager
+def _asked() -> Generator[None]:
+    """What torch says when another process is gone (gloo: a RuntimeError), as the error that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"another process has ended, or does not answer: its own output says why ({error})"
+        ) from error
+
+
+def _sum(own: Tensor) -> None:
+    with _asked():
+        distributed.all_reduce(own)
+
+
+def _tell(what: Tensor, source: int = 0) -> None:
+    with _asked():
+        distributed.broadcast(what, source)
+
+
 def summed(make: Callable[[], Float[Tensor, "..."]], like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The sum over the processes of what each of them makes, in one all_reduce, the same to the bit on all; `like` has its shape.
 
@@ -42,9 +64,9 @@ def summed(make: Callable[[], Float[Tensor, "..."]], like: Float[Tensor, "..."])
     try:
         own = make().contiguous()
     except Exception:
-        distributed.all_reduce(torch.full_like(like, torch.nan))
+        _sum(torch.full_like(like, torch.nan))
         raise
-    distributed.all_reduce(own)
+    _sum(own)
     return own
 
 
@@ -59,7 +81,7 @@ def agreed(make: Callable[[], T]) -> T:
         error, failed = own, torch.ones(1)
     if distributed.get_backend() == "nccl":
         failed = failed.cuda()
-    distributed.all_reduce(failed)
+    _sum(failed)
     if error is not None:
         raise error
     if failed.item():
@@ -72,12 +94,13 @@ def gathered(own: Tensor, dim: int) -> Tensor:
     if not several():
         return own
     shapes: list[Any] = [None] * size()
-    distributed.all_gather_object(shapes, tuple(own.shape))
+    with _asked():
+        distributed.all_gather_object(shapes, tuple(own.shape))
     pieces = []
     for at, shape in enumerate(shapes):
         mine = at == number()
         piece = own.contiguous() if mine else own.new_empty(shape)
-        distributed.broadcast(piece, at)
+        _tell(piece, at)
         pieces.append(piece)
     return torch.cat(pieces, dim)
 
@@ -92,7 +115,8 @@ def from_first(make: Callable[[], T]) -> T:
             found[0] = make()
         except Exception as error:
             found[1] = error
-    distributed.broadcast_object_list(found, 0)
+    with _asked():
+        distributed.broadcast_object_list(found, 0)
     if found[1] is not None:
         raise found[1]
     return found[0]
@@ -112,12 +136,12 @@ class Led:
             return self.product(v)
         self._broadcast_size(v.shape[1] if v.ndim > 1 else 1)
         v = v.contiguous()
-        distributed.broadcast(v.reshape(len(v), -1), 0)
+        _tell(v.reshape(len(v), -1))
         return self.product(v)
 
     def _broadcast_size(self, columns: int) -> int:
         size = torch.tensor([columns], device=self.like.device)
-        distributed.broadcast(size, 0)
+        _tell(size)
         return int(size.item())
 
     def run(self, make: Callable[[], T]) -> T:
@@ -128,7 +152,7 @@ class Led:
         if not first():
             while columns := self._broadcast_size(0):
                 v = self.like.new_empty(len(self.like), columns)
-                distributed.broadcast(v, 0)
+                _tell(v)
                 try:
                     self.product(v)
                 except Exception as failed:  # the first hears of it by NaN, and says when to stop

@@ -12,6 +12,7 @@ from torch import nn
 
 import hinv
 from hinv import ranks, spectrum, tall_skinny
+from hinv.companion import training
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -24,10 +25,10 @@ import hinv
 from hinv import ranks, spectrum
 torch.set_num_threads(1)
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=int(os.environ["SIZE"]), timeout=timedelta(seconds=60))
 found = {}
 for name, (code, model, loss, shares) in torch.load(f"{folder}/cases.pt", weights_only=False).items():
-    space = dict(model=copy.deepcopy(model), loss=loss, mine=shares[rank], rank=rank, torch=torch, nn=nn, hinv=hinv, spectrum=spectrum)
+    space = dict(model=copy.deepcopy(model), loss=loss, mine=shares[rank], rank=rank, folder=folder, os=os, torch=torch, nn=nn, hinv=hinv, spectrum=spectrum)
     exec(code, space)
     found[name] = space["out"]
 torch.save(found, f"{folder}/{rank}.pt")
@@ -39,24 +40,37 @@ distributed.destroy_process_group()
 def together(tmp_path_factory):
     """What every case leaves in `out`, in each of two processes, which end within two minutes: one start of them serves all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.save(cases(), folder / "cases.pt")
+    codes, errors = run_together(folder, cases())
+    assert codes == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def run_together(folder: Path, cases: dict[str, tuple], count: int = 2) -> tuple[list[int], list[str]]:
+    """Exit status and standard error of each process; they end within two minutes."""
+    torch.save(cases, folder / "cases.pt")
     path = str(Path(spectrum.__file__).parents[2])
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", START, str(folder)],
-            env=os.environ | {"RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "SIZE": str(count),
+                "PYTHONPATH": path,
+                "OMP_NUM_THREADS": "1",
+                "HINV_RUNS": str(folder / "runs"),
+            },
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [process.returncode for process in processes], errors
 
 
 def alone(name: str):
@@ -90,6 +104,7 @@ def cases() -> dict[str, tuple]:
         "steps, summed": (STEPS, model, nn.MSELoss(reduction="sum"), other),
         "steps, searched": (STEPS.replace("every=2", "search=True, momentum=0.5"), model, nn.MSELoss(), other),
         "fails": (FAILS, model, weighted, shares),
+        "runs": (RUNS, model, weighted, shares),
     }
 
 
@@ -135,6 +150,23 @@ def test_two_processes_are_one(together, kind):
             assert a[key] == c[key] == pytest.approx(value, rel=1e-9), key
 
 
+def test_three_processes_are_one(tmp_path):
+    """One of them with two batches, one with a single sample."""
+    _, _, x, y, shares = problem()
+    thirds = [shares[0], [(x[17:22], y[17:22])], [(x[22:], y[22:])]]
+    names = ("Hessian", "GGN", "steps, weighted")
+    codes, errors = run_together(tmp_path, {n: (*cases()[n][:3], thirds) for n in names}, 3)
+    assert codes == [0, 0, 0], "\n".join(errors)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    for name in ("product", "dense", "diagonal", "factor", "solve"):
+        one = alone("Hessian")[name]
+        assert all(relative(f["Hessian"][name], one) < (1e-7 if name == "solve" else 1e-11) for f in found), name
+    assert all(relative(f["GGN"]["dense"], alone("GGN")["dense"]) < 1e-11 for f in found)
+    for *theirs, one in zip(*(f["steps, weighted"] for f in found), alone("steps, weighted"), strict=True):
+        assert all(a[:4] == theirs[0][:4] == pytest.approx(one[:4], rel=1e-8) for a in theirs)
+        assert all(relative(a[4], one[4]) < 1e-12 for a in theirs)
+
+
 STEPS = """
 x, y = (torch.cat(tensors) for tensors in zip(*mine))
 method = hinv.optim.GaussNewton(model, loss, damping=0.3, every=2)
@@ -161,7 +193,7 @@ out = dict(kind=type(F).__name__, L=F.L, solve=F.solve(torch.eye(A.shape[0]).dou
 """
 
 
-def test_the_dual_with_samples_in_two_processes(together):
+def test_the_dual_with_samples_in_run_together(together):
     """A stage that is not linear among them: its factor is gathered whole."""
     (a, c), single = (found["dual"] for found in together), alone("dual")
     assert a["kind"] == c["kind"] == single["kind"] == "Dual"
@@ -216,6 +248,99 @@ def test_what_fails_in_one_process_is_said_in_both_and_none_waits(together):
     assert first[8] == second[8] > 0  # and what comes next is in step again
     assert "another process failed here" in first[9] and "NaN" in second[9] and first[10] == second[10]
     assert "leave sample at None" in first[11]
+
+
+# a batch that two do not share evenly, over several epochs; with a schedule, a clock and the files
+CONFIGS = {
+    "GaussNewton": {
+        "method": "GaussNewton",
+        "batch": 33,
+        "images": 100,
+        "widths": (8, 8),
+        "steps": 12,
+        "probe": 40,
+        "seconds": 100.0,
+    },
+    "SGD": {
+        "method": "SGD",
+        "rate": 0.1,
+        "momentum": 0.9,
+        "batch": 33,
+        "images": 100,
+        "widths": (8, 8),
+        "steps": 12,
+        "schedule": "ReduceLROnPlateau",
+    },
+    "LBFGS": {"method": "LBFGS", "batch": 33, "images": 100, "widths": (8, 8), "steps": 4, "options": {"max_iter": 5}},
+}
+RUNS = f"""
+from hinv.companion import training
+out = {{}}
+for name, how in {CONFIGS!r}.items():
+    run = training.run(training.Config(**how), progress=False)
+    again = training.run(training.Config(**how), progress=False)
+    assert again.records == run.records
+    out[name] = run.curve()[1], run.validations[-1], run.status, torch.nn.utils.parameters_to_vector(run.model.parameters()).detach()
+def message(make):
+    try:
+        make()
+    except Exception as error:
+        return f"{{type(error).__name__}}: {{error}}"
+out["refused"] = [message(lambda: training.run(training.Config(**how), progress=False)) for how in (dict(method="DampedNewton"), dict(batch=1))]
+"""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_of_two_processes_is_that_of_one(together, name, tmp_path):
+    one = training.run(training.Config(**CONFIGS[name]), tmp_path / "run", progress=False)
+    weights = nn.utils.parameters_to_vector(one.model.parameters()).detach()
+    first, second = (found["runs"][name] for found in together)
+    for a in (first, second):
+        assert a[0] == pytest.approx(one.curve()[1], rel=1e-9) and len(a[0]) == CONFIGS[name]["steps"]
+        assert a[1]["probe_loss"] == pytest.approx(one.validations[-1]["probe_loss"], rel=1e-9) and a[2] == "done"
+        assert relative(a[3], weights) < 1e-10
+    assert first[0] == second[0] and torch.equal(first[3], second[3])
+
+
+def test_what_does_not_sum_over_processes_is_refused(together):
+    for found in together:
+        damped, small = found["runs"]["refused"]
+        assert (
+            "DampedNewton takes a batch for the whole of it, and here each of 2 processes has its own samples" in damped
+        )
+        assert "a batch of 1 images for 2 processes" in small
+
+
+DIES = f"""
+from hinv.companion import training
+how = training.Config(**{CONFIGS["GaussNewton"]!r} | dict(checkpoint_every=5))
+if rank == 1:
+    plain, calls = hinv.optim.GaussNewton.step, []
+    def step(self, x, y):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), 9)
+        return plain(self, x, y)
+    hinv.optim.GaussNewton.step = step
+training.run(how, folder + "/run", progress=False)
+"""
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    model, weighted, _, _, shares = problem()
+    codes, errors = run_together(tmp_path, {"dies": (DIES, model, weighted, shares)})
+    assert codes[1] == -9 and codes[0] != 0
+    assert (
+        "ConnectionError: step 7: another process has ended" in errors[0]
+        and "goes on from its last checkpoint" in errors[0]
+    )
+    how = training.Config(**CONFIGS["GaussNewton"] | {"checkpoint_every": 5})
+    assert (
+        len(list((tmp_path / "run").glob("step-00000005-*.pt"))) == 1 and not (tmp_path / "run" / "done.json").exists()
+    )
+    rest = training.run(how, tmp_path / "run", progress=False)  # in one process
+    whole = training.run(how, tmp_path / "whole", progress=False)
+    assert rest.curve()[1] == pytest.approx(whole.curve()[1], rel=1e-9) and len(rest.records) == 12
 
 
 def test_one_process_alone_is_not_several():

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hinv import ranks
 from hinv.errors import NotFiniteError
 from hinv.network import losses
 from hinv.shapes import Float
 from hinv.vectors import flat
+
+from .shared import summed, weight
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,18 @@ class Descent:
         clip: largest norm of the direction (as torch.nn.utils.clip_grad_norm_).
     """
 
+    shares = (
+        False  # whether a step is that of the samples of all processes together, where torch.distributed is initialized
+    )
+
     def __init__(
         self, model: nn.Sequential, loss: losses.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
     ):
+        if ranks.several() and not self._shares:
+            raise ValueError(
+                f"{type(self).__name__} takes a batch for the whole of it, and here each of {ranks.size()} processes has its own samples: use GaussNewton or "
+                "GradientDescent, which sum over them, or one process"
+            )
         self.model, self.loss = model, loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -89,25 +101,39 @@ class Descent:
         raise NotImplementedError
 
     def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Float[Tensor, " P"]]:
-        with torch.enable_grad():
-            value = losses.value(self.loss, self.model(inputs), targets)
-            gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
-        g = flat(gradient)
-        if not g.isfinite().all():
-            raise NotFiniteError("the gradient contains NaN or infinite values: check the scale of inputs and weights")
-        return value.item(), g
+        """Of the loss of the batch: of what all processes give together, where there are several."""
+
+        def own() -> tuple[float, Float[Tensor, " P"]]:
+            with torch.enable_grad():
+                value = losses.value(self.loss, self.model(inputs), targets)
+                gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
+            g = flat(gradient)
+            if not g.isfinite().all():
+                raise NotFiniteError(
+                    "the gradient contains NaN or infinite values: check the scale of inputs and weights"
+                )
+            return value.item(), g
+
+        return summed(weight(self.loss, targets), own, self._position()) if ranks.several() else own()
 
     def _value(self, inputs: Tensor, targets: Tensor) -> float:
-        with torch.no_grad():
-            return float(self.loss(self.model(inputs), targets))
+        def own() -> tuple[float, Float[Tensor, " 0"]]:
+            with torch.no_grad():
+                return float(self.loss(self.model(inputs), targets)), none
 
-    def _move(self, d: Float[Tensor, " P"]) -> None:
-        """One step of the torch optimizer with d in place of the gradient."""
-        pieces = d.split([p.numel() for p in self.parameters])
-        for p, piece in zip(self.parameters, pieces, strict=True):
+        none = self.parameters[0].new_zeros(0)
+        return (summed(weight(self.loss, targets), own, none) if ranks.several() else own())[0]
+
+    def _give(self, d: Float[Tensor, " P"]) -> None:
+        """A vector in the place of the gradient."""
+        for p, piece in zip(self.parameters, d.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = piece.view_as(p)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
+
+    def _move(self, d: Float[Tensor, " P"]) -> None:
+        """One step of the torch optimizer with d in place of the gradient."""
+        self._give(d)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -125,10 +151,14 @@ class Descent:
 class GradientDescent(Descent):
     """The baseline: one step of any torch optimizer. It computes nothing more than the step, so the report has only `loss` and `seconds`.
 
+    Where torch.distributed is initialized, the gradient is that of the samples of all processes, as in `GaussNewton`.
+
     Example:
         >>> descent = GradientDescent(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
         >>> descent.step(x, y).loss
     """
+
+    _shares = True
 
     def __init__(
         self,
@@ -144,6 +174,10 @@ class GradientDescent(Descent):
 
         def closure() -> Any:  # LBFGS calls it several times in a step, the others once
             self.optimizer.zero_grad(set_to_none=True)
+            if ranks.several():
+                value, g = self._gradient(inputs, targets)
+                self._give(g)
+                return g.new_tensor(value)
             with torch.enable_grad():
                 loss = losses.value(self.loss, self.model(inputs), targets)
                 loss.backward()

@@ -15,7 +15,7 @@ from hinv.solver.dual import Dual
 
 from .descent import Direction
 from .preconditioned import Preconditioned
-from .shared import SharedGGN, summed, weight
+from .shared import SharedGGN
 
 SHORTEST = 2.0**-30  # length of a step that a search tries
 
@@ -62,7 +62,7 @@ class GaussNewton(DampedNewton):
             optimizer stays at its default, SGD(lr=1).
     """
 
-    kind = GGN
+    kind, _shares = GGN, True
 
     def __init__(
         self,
@@ -95,18 +95,6 @@ class GaussNewton(DampedNewton):
                     "with several processes the matrix is made from all of the batch: leave sample at None"
                 )
             self.kind = SharedGGN
-
-    def _gradient(self, inputs: Tensor, targets: Tensor) -> tuple[float, Float[Tensor, " P"]]:
-        if not ranks.several():
-            return super()._gradient(inputs, targets)
-        own = super()._gradient
-        return summed(weight(self.loss, targets), lambda: own(inputs, targets), self._position())
-
-    def _value(self, inputs: Tensor, targets: Tensor) -> float:
-        if not ranks.several():
-            return super()._value(inputs, targets)
-        own, none = super()._value, self._position()[:0]
-        return summed(weight(self.loss, targets), lambda: (own(inputs, targets), none), none)[0]
 
     def _prior(self) -> Float[Tensor, " P"] | None:
         """mu d_previous."""

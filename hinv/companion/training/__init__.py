@@ -14,6 +14,7 @@ What a batch holds depends on the seed and the number of the step alone, so that
 as one that was left alone (with as many threads). A run with done.json is read, not repeated.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Hashable, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hinv import ranks
 from hinv.companion.checks import alone
 
 from .config import Config
@@ -94,7 +96,9 @@ def run(config: Config, folder: Path | None = None, writer: Any = None, progress
         writer: a TensorBoard SummaryWriter, or anything with add_scalar(tag, value, step).
         progress: a bar with the time left, after a line with the memory that a step needs.
 
-    A second process that wants the same run waits for the first one.
+    A second process that wants the same run waits for the first one. Where torch.distributed is initialized, all processes call this, each takes its share of
+    every batch (`hinv.optim.GaussNewton`, `GradientDescent`), the first one alone reads and writes the folder, and all get the run; a run begun by one process
+    may go on in several, with the same steps up to rounding.
 
     Warns:
         UserWarning: a damaged file, by name (what is whole is used, the rest is made again); a run that ends in NaN (its weights are the last good ones);
@@ -102,7 +106,7 @@ def run(config: Config, folder: Path | None = None, writer: Any = None, progress
 
     Raises:
         ValueError: an unknown option; a folder of another run, or whose config.json is damaged; a batch larger than the data. DataNotFound: see `hinv.companion.data.load`.
-        MemoryError: a step would not fit. OSError: metrics or checkpoints cannot be written; what was written before stays valid, and the same
+        ConnectionError: another of several processes has ended; what was written stays valid. MemoryError: a step would not fit. OSError: metrics or checkpoints cannot be written; what was written before stays valid, and the same
             call goes on from the last checkpoint.
     """
     found = images(config)
@@ -110,17 +114,22 @@ def run(config: Config, folder: Path | None = None, writer: Any = None, progress
     random_state = torch.get_rng_state()
     try:
         session = Session(config, found, files)  # refuses what it cannot do before anything is written
-        if files.done is not None:  # read, also from where nothing can be written
-            files.claim(config, found)
-            return _read(session)
-        files.path.mkdir(parents=True, exist_ok=True)
-        with alone(files.path / "lock", "training this run"):
-            files.claim(config, found)
-            if files.done is None:
+        with contextlib.ExitStack() as held:
+            if ranks.from_first(lambda: _claimed(session, held)):
                 session.train(writer, progress)
-            return _read(session)
+            return ranks.from_first(lambda: _read(session))
     finally:
         torch.set_rng_state(random_state)
+
+
+def _claimed(session: Session, held: contextlib.ExitStack) -> bool:
+    """Make the folder this run's; whether there is something left to train, with the folder's lock held then."""
+    files = session.folder
+    if files.done is None:  # else it is read, also from where nothing can be written
+        files.path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone(files.path / "lock", "training this run"))
+    files.claim(session.config, session.images)
+    return files.done is None
 
 
 def _read(session: Session) -> Run:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hinv import ranks
 from hinv.companion import data
 from hinv.shapes import Float, Int
 
@@ -77,7 +78,10 @@ def images(config: Config) -> RunImages:
 
 
 class Batches:
-    """Keys (epoch, number) of the batch of every step from `start` on, without end: a permutation for each epoch, seeded by it."""
+    """Keys (epoch, number) of the batch of every step from `start` on, without end: a permutation for each epoch, seeded by it.
+
+    Of several processes each has every n-th image of a batch.
+    """
 
     def __init__(self, n: int, batch: int, seed: int, start: int):
         self.n, self.batch, self.seed, self.start = n, batch, seed, start
@@ -90,7 +94,7 @@ class Batches:
                 generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
                 order = torch.randperm(self.n, generator=generator).tolist()
             first = step % each * self.batch
-            yield [(epoch, i) for i in order[first : first + self.batch]]
+            yield [(epoch, i) for i in order[first : first + self.batch][ranks.number() :: ranks.size()]]
             step += 1
 
 

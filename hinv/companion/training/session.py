@@ -1,6 +1,7 @@
 """The loop of a run: take up the last checkpoint, step, validate, save."""
 
 import dataclasses
+import io
 import time
 import warnings
 from typing import Any, BinaryIO, cast
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hinv import optim
+from hinv import optim, ranks
 from hinv.errors import NotFiniteError
 from hinv.network import tall_skinny
 
@@ -26,6 +27,10 @@ class Session:
 
     def __init__(self, config: Config, images: RunImages, folder: Folder):
         self.config, self.images, self.folder = config, images, folder
+        if config.batch < ranks.size():
+            raise ValueError(
+                f"a batch of {config.batch} images for {ranks.size()} processes: use fewer, or a larger batch"
+            )
         torch.manual_seed(config.seed)
         pixels = images.probe[0][0].numel()
         self.model = tall_skinny(
@@ -63,11 +68,12 @@ class Session:
         config = self.config
         offset = self._resume()
         needs = self._estimate()
+        progress, writer = progress and ranks.first(), writer if ranks.first() else None
         if progress:
             print(f"{config.method} on {self.images.name}: {needs}")
         batches = loader(self.images, config, self.step)
         with (
-            open(self.folder.metrics, "ab") as file,
+            open(self.folder.metrics, "ab") if ranks.first() else io.BytesIO() as file,
             tqdm(
                 total=self.last, initial=self.step, desc=config.method, unit="step", disable=not progress, leave=False
             ) as bar,
@@ -92,9 +98,10 @@ class Session:
                     self._save(file)
             self._save(file)
             self._validate(file, writer)
-        self.folder.finish(
-            {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
-        )
+        if ranks.first():
+            self.folder.finish(
+                {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
+            )
 
     def _advance(self, batch: Batch) -> dict[str, Any] | None:
         """One step and its record; None, with the weights of the last good step, where the loss is not finite."""
@@ -103,6 +110,10 @@ class Session:
         x, y = (t.to(self.config.device) for t in batch)
         try:
             report = self.descent.step(x.flatten(1), y)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"step {self.step}: {error}; {self.folder.path} is whole, and the same call goes on from its last checkpoint"
+            ) from error
         except NotFiniteError as error:
             if self.good is None:
                 raise
@@ -126,7 +137,8 @@ class Session:
     def _used_up(self) -> bool:
         config = self.config
         return (self.last is not None and self.step >= self.last) or (
-            config.seconds is not None and self.seconds >= config.seconds
+            # the clock of the first counts for all
+            config.seconds is not None and ranks.from_first(lambda: self.seconds) >= config.seconds
         )
 
     def _estimate(self) -> str:
@@ -136,10 +148,14 @@ class Session:
         x, y = self.images.probe[0][:1], self.images.probe[1][:1]
         few = min(self.config.batch, self.descent.sample or self.config.batch)
         x, y = x.expand(few, *x.shape[1:]).flatten(1).to(self.config.device), y.expand(few).to(self.config.device)
-        C = self.descent.kind(self.model, self.descent.loss, x, y)
+        C = type(self.descent).kind(
+            self.model, self.descent.loss, x, y
+        )  # of all of the batch, as it is gathered from several processes
         return self.descent.estimate(C)
 
     def _validate(self, file: BinaryIO, writer: Any) -> None:
+        if not ranks.first():
+            return
         record: dict[str, Any] = {"kind": "validation", "step": self.step, "elapsed": self.seconds}
         for name, images in (("probe", self.images.probe), ("test", self.images.test)):
             if images is not None:
@@ -157,6 +173,8 @@ class Session:
 
     def _save(self, file: BinaryIO) -> None:
         """Weights, method, schedule and random state after `step` steps."""
+        if not ranks.first():
+            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -172,7 +190,7 @@ class Session:
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; returns the length of metrics.jsonl then."""
-        state = self.folder.newest(self.config.device)
+        state = ranks.from_first(lambda: self.folder.newest(self.config.device))
         if state is None:
             return 0
         self.step, self.seconds = state["step"], state["seconds"]
