@@ -59,9 +59,8 @@ class Descent:
         clip: largest norm of the direction (as torch.nn.utils.clip_grad_norm_).
     """
 
-    shares = (
-        False  # whether a step is that of the samples of all processes together, where torch.distributed is initialized
-    )
+    # whether a step is that of the samples of all processes together, where torch.distributed is initialized
+    _shares = False
 
     def __init__(
         self, model: nn.Sequential, loss: losses.Loss, optimizer: torch.optim.Optimizer | None, clip: float | None
