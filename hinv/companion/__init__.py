@@ -5,6 +5,7 @@
 `checks`     claims: measured, compared, written to results/
 `figures`    one style, one function per role
 `peers`      the same questions to other libraries
+`explorer`   a network picked, its curvature shown: notebook 13
 `bench`      speed and memory figures
 `reproduce`  what `make reproduce` calls
 """

@@ -1,6 +1,6 @@
 """Figures: one style, one function a role. Only this room imports matplotlib.
 
-style.py: colours, saving. structure.py: matrices. curves.py: measurements.
+style.py: colours, saving. structure.py: matrices. curves.py: measurements. explorer.py: of notebook 13.
 """
 
 from .curves import (
@@ -18,8 +18,9 @@ from .curves import (
     spectrum,
     staircase,
 )
+from .explorer import explored
 from .structure import elimination, heatmaps, lifted, patterns
-from .style import save
+from .style import png, save
 
 __all__ = [
     "bands",
@@ -27,6 +28,7 @@ __all__ = [
     "curves",
     "dots",
     "elimination",
+    "explored",
     "fields",
     "gallery",
     "grown",
@@ -34,6 +36,7 @@ __all__ = [
     "lifted",
     "patterns",
     "plane",
+    "png",
     "races",
     "reached",
     "save",
