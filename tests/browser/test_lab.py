@@ -76,6 +76,7 @@ def serving(place, *command):
         "HINV_OUTPUT": "output",
     }
     environment = os.environ | {name: str(place / folder) for name, folder in own.items()}
+    environment |= {"JUPYTER_PATH": str(ROOT / "docs" / "jupyter")}  # as make explore
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = place / "server.log"
     with log.open("w") as file:
@@ -127,17 +128,9 @@ def lab(place):
 
 @pytest.fixture
 def voila(place):
-    command = (
-        *(
-            "voila",
-            "13_explorer.ipynb",
-            "--no-browser",
-            "--Voila.ip=127.0.0.1",
-            "--port={port}",
-            "--Voila.port_retries=0",
-        ),
-    )
-    with serving(place, *command) as address:
+    command = ("voila", "13_explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}")
+    offline = ("--Voila.port_retries=0", "--template=offline")
+    with serving(place, *command, *offline) as address:
         yield address
 
 
@@ -195,7 +188,7 @@ def test_the_sliders_move_in_lab(lab, page, shoot):
 
 
 def test_the_sliders_move_under_voila(voila, page, shoot):
-    page.goto(voila)
+    page.goto(voila, timeout=1000 * RUNS, wait_until="commit")  # which comes when the notebook has run
     expect(page.locator(".widget-slider").first).to_be_visible(timeout=1000 * RUNS)
     assert page.get_by_text("import torch").count() == 0, "the code is hidden"
     moves(page)
