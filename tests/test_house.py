@@ -28,7 +28,7 @@ FLOORS = [
 ]
 ONLY = {  # who alone may import what is heavy, or is an extra
     **{
-        key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves", "explorer")}
+        key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves", "explorer", "front")}
         for key in ("matplotlib", "seaborn")
     },
     **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},

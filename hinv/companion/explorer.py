@@ -179,8 +179,9 @@ def page(**settings: Any) -> str:
     alt = f"Spectrum, block picture of K, and pivots of {found.title}: {inertia}"
     took = f"<p>Drawn in {time.perf_counter() - start:.2f} s.</p>"
     return (
-        "<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>"
-        f"<div>{numbers}{took}</div><img style='max-width:100%' alt='{alt}' src='data:image/png;base64,{picture}'></div>"
+        "<style>.explorer{display:flex;flex-wrap:wrap;gap:1em;line-height:1.5}.explorer th,.explorer td{text-align:left;padding:0 1em 0 0}"
+        ".explorer caption{text-align:left;font-weight:bold}.explorer img{max-width:100%;align-self:flex-start}</style>"
+        f"<div class='explorer'><div>{numbers}{took}</div><img alt='{alt}' src='data:image/png;base64,{picture}'></div>"
     )
 
 

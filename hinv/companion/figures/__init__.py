@@ -1,6 +1,6 @@
 """Figures: one style, one function a role. Only this room imports matplotlib.
 
-style.py: colours, saving. structure.py: matrices. curves.py: measurements. explorer.py: of notebook 13.
+style.py: colours, saving. structure.py: matrices. curves.py: measurements. explorer.py: of notebook 13. front.py: of the project.
 """
 
 from .curves import (
@@ -18,13 +18,15 @@ from .curves import (
     spectrum,
     staircase,
 )
-from .explorer import explored
+from .explorer import counted, explored
+from .front import social
 from .structure import elimination, heatmaps, lifted, patterns
 from .style import png, save
 
 __all__ = [
     "bands",
     "categories",
+    "counted",
     "curves",
     "dots",
     "elimination",
@@ -41,6 +43,7 @@ __all__ = [
     "reached",
     "save",
     "scatter",
+    "social",
     "spectrum",
     "staircase",
 ]

@@ -1,4 +1,4 @@
-"""The picture of notebook 13: spectrum, lifted matrix, pivots."""
+"""Exact counts as bars of equal width, and the picture of notebook 13: spectrum, lifted matrix, pivots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,16 @@ from hinv.paper import BlockMatrix
 from .style import GREY, PALETTE, Numbers, styles
 
 POSITIVE, NEGATIVE = PALETTE[0], PALETTE[3]
+
+
+def counted(edges: Sequence[float], counts: Sequence[int], eigenvalues: Numbers | None, title: str) -> Figure:
+    """Exact counts between edges, below the first and above the last, and every eigenvalue below them where they are known."""
+    figure, axis = plt.subplots(figsize=(7.4, 3.6), layout="constrained")
+    _counted(axis, edges, counts, eigenvalues)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("eigenvalue, loss / parameter$^2$")
+    sns.despine(figure)
+    return figure
 
 
 def explored(
