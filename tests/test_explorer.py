@@ -37,7 +37,7 @@ def test_what_it_tells_is_what_dense_matrices_say(settings):
     layers = [stage["parameters"] for stage in found.H.by_stage().values()]
     assert [sum(pair) for pair in found.pivots] == layers
     assert sum(negative for _, negative in found.pivots) == found.inertia[1]
-    assert found.seconds > 0 and (found.bytes is None or found.bytes >= 0)
+    assert found.seconds > 0 and (found.peak is None or found.peak >= 0)
 
 
 def test_the_numbers_on_the_page():

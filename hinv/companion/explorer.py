@@ -83,7 +83,7 @@ class Exploration:
     pivots: list[tuple[int, int]]  # of each layer, positive and negative
     counts: list[int]  # eigenvalues below the first of EDGES, between each two, and above the last
     seconds: float  # of derivatives and factorization
-    bytes: int | None  # by how much they made the resident peak grow, where the system tells
+    peak: int | None  # by how much they made the resident peak grow, where the system tells
 
     @cached_property
     def eigenvalues(self) -> Float[Tensor, " P"] | None:
@@ -93,7 +93,7 @@ class Exploration:
     def rows(self) -> dict[str, object]:
         """The numbers, as the page shows them."""
         (positive, negative, _), (sign, log), prediction = self.inertia, self.logdet, self.H.estimate()
-        grown = "not told by this system" if self.bytes is None else f"{self.bytes / 2**20:.1f} MiB"
+        grown = "not told by this system" if self.peak is None else f"{self.peak / 2**20:.1f} MiB"
         return {
             "parameters": f"{self.H.shape[0]:,}",
             "inertia of H + εI": f"{positive:,} positive, {negative:,} negative",

@@ -21,7 +21,7 @@ from playwright.sync_api import expect
 import hinv
 from hinv.companion import data
 
-STARTS, RUNS = 60, 45  # seconds that a server may take to answer, and a notebook to run
+STARTS, RUNS = 90, 120  # seconds that a server may take to answer, and a notebook to run
 NAMES = ("00_map", "13_explorer")
 FAILED = {"application/vnd.jupyter.error", "application/vnd.jupyter.stderr"}
 
@@ -193,6 +193,10 @@ def test_the_sliders_move_under_voila(voila, page, shoot):
     assert page.get_by_text("import torch").count() == 0, "the code is hidden"
     moves(page)
     shoot(page, "voila_slider")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator(".widget-slider").first.evaluate("slider => slider.scrollIntoView()")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out on a phone"
+    shoot(page, "voila_phone")
 
 
 def moves(page):
