@@ -40,6 +40,21 @@ def test_what_it_tells_is_what_dense_matrices_say(settings):
     assert found.seconds > 0 and (found.peak is None or found.peak >= 0)
 
 
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_the_pivots_of_each_layer_are_those_of_the_recursion(settings):
+    """Notebook 05's recursion on the dense blocks of the paper's layers, the last one first."""
+    found, V, signs = explorer.explore(**settings), torch.zeros(1, 1, dtype=torch.float64), []
+    for layer in reversed(found.H.layers):
+        J = layer.J.reshape(-1, len(layer.E))  # the last layer's is one row
+        S = layer.E + found.damping * torch.eye(len(layer.E), dtype=torch.float64) + J.T @ V @ J
+        negative = int((torch.linalg.eigvalsh((S + S.T) / 2) < 0).sum())
+        signs.append((len(S) - negative, negative))
+        if layer.A is not None:
+            N = layer.F + J.T @ V @ layer.A
+            V = layer.G + layer.A.T @ V @ layer.A - N.T @ torch.linalg.solve(S, N)
+    assert found.pivots == signs[::-1]
+
+
 def test_the_numbers_on_the_page():
     found = explorer.explore()
     rows = found.rows()

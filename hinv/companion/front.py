@@ -5,9 +5,10 @@ at its end.
 """
 
 import html
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,6 +70,22 @@ def told(sizes: Sequence[int] = SIZES, batch: int = BATCH, damping: float = DAMP
     stages = list(reversed(factored.pivots))
     pivots = [(factored.sizes[n] - stages[n].negative, stages[n].negative) for n in factored.owners]
     return Told(K.row_sizes, sorted(K.blocks), pivots, factored.inertia)
+
+
+class Scenes(NamedTuple):
+    """Seconds at which they begin: each layer leaves, the signs are counted, each layer's part of the step is found, all is solved."""
+
+    leaves: list[float]
+    counted: float
+    found: list[float]
+    solved: float
+
+    @classmethod
+    def of(cls, layers: int) -> "Scenes":
+        counted = OPENING + BACK * layers
+        forth = counted + COUNTED
+        leaves = [OPENING + BACK * (layers - 1 - layer) for layer in range(layers)]
+        return cls(leaves, counted, [forth + FORTH * layer for layer in range(layers)], forth + FORTH * layers)
 
 
 @dataclass
@@ -144,42 +161,30 @@ def group(content: str) -> str:
 
 def elimination(numbers: Told) -> str:
     """The film: K' by layer, the way back that leaves a pivot of each layer, their signs, the way forth that gives the step."""
-    layers = numbers.layers
-    ends = [0]
-    for size in numbers.sizes:
-        ends.append(ends[-1] + size)
-    scale = SIDE / ends[-1]
+    layers, scenes = numbers.layers, Scenes.of(numbers.layers)
+    ends = list(itertools.accumulate(numbers.sizes, initial=0))
     at = [SIDE * end / ends[-1] for end in ends]
-    leaves = {layer: OPENING + BACK * (layers - 1 - layer) for layer in range(layers)}  # seconds
-    counted = OPENING + BACK * layers
-    known = {layer: counted + COUNTED + FORTH * layer for layer in range(layers)}
-    solved = counted + COUNTED + FORTH * layers
-    film = Film(solved + END)
+    film = Film(scenes.solved + END)
     film.add(text(LEFT, 34, "One solve, stage by stage", "title"))
-    _matrix(film, numbers, at, scale, leaves)
-    stops = [
-        (leaves[layer] + 2.0, LEFT + at[3 * layer - 2], TOP + at[3 * layer - 1]) for layer in reversed(range(1, layers))
-    ]
-    side = scale * numbers.sizes[1]
-    moving = film.moves(stops, leaves[0] + 1.0)
-    film.elements.append(f'<g class="{moving} gone">{_mark("V", "V", side)}</g>')
-    stops = [(known[l] + 1.2, LEFT + at[3 * l + 1], TOP + at[3 * l + 2]) for l in range(layers - 1)]
-    moving = film.moves(stops, known[layers - 1] + 1.0)
-    film.elements.append(f'<g class="{moving} gone">{_mark("y", "y", side)}</g>')
+    _matrix(film, numbers, at, scenes)
+    side = SIDE * numbers.sizes[1] / ends[-1]
+    # V goes back through the blocks (z, y) of the layers, and y forth
+    place = lambda l: (LEFT + at[3 * l + 1], TOP + at[3 * l + 2])
+    back = [(scenes.leaves[l] + 2.0, *place(l - 1)) for l in reversed(range(1, layers))]
+    forth = [(scenes.found[l] + 1.2, *place(l)) for l in range(layers - 1)]
+    for name, stops, goes in (("V", back, scenes.leaves[0]), ("y", forth, scenes.found[-1])):
+        mark = rect(name, 0, 0, side, side) + text(side / 2 - 5, side / 2 + 5, name, "white")
+        film.elements.append(f'<g class="{film.moves(stops, goes + 1.0)} gone">{mark}</g>')
     for layer in range(layers):
-        film.add(_labelled("known", f"x{layer + 1}", at, layer), known[layer] + 0.8)
-    _signs(film, numbers, leaves, known, solved)
-    _words(film, numbers, leaves, counted, known, solved)
+        film.add(_labelled("known", f"x{layer + 1}", at, layer), scenes.found[layer] + 0.8)
+    _signs(film, numbers, scenes)
+    _words(film, numbers, scenes)
     positive, negative, _ = numbers.inertia
     description = (
         f"A network of {layers} layers. From the last layer to the first, each leaves the chain matrix and leaves a pivot behind; {positive} pivots are "
         f"positive and {negative} negative, as many as eigenvalues of H + {DAMPING:g} I. Then one pass from the first layer to the last gives the step."
     )
     return film.svg(900, 580, "The elimination of H + εI, stage by stage", description)
-
-
-def _mark(look: str, name: str, side: float) -> str:
-    return rect(look, 0, 0, side, side) + text(side / 2 - 5, side / 2 + 5, name, "white")
 
 
 def _labelled(look: str, name: str, at: Sequence[float], layer: int) -> str:
@@ -189,7 +194,7 @@ def _labelled(look: str, name: str, at: Sequence[float], layer: int) -> str:
     return group(square + text(LEFT + corner + side / 2 - 9, TOP + corner + side / 2 + 5, name, "white"))
 
 
-def _matrix(film: Film, numbers: Told, at: Sequence[float], scale: float, leaves: dict[int, float]) -> None:
+def _matrix(film: Film, numbers: Told, at: Sequence[float], scenes: Scenes) -> None:
     """The blocks of each layer go when it is eliminated; where its parameters were, its pivot appears."""
     for layer in range(numbers.layers):
         own = [(i, j) for i, j in numbers.blocks if max(i, j) // 3 == layer]
@@ -197,18 +202,14 @@ def _matrix(film: Film, numbers: Told, at: Sequence[float], scale: float, leaves
             rect("xyz"[j % 3], LEFT + at[j] + 0.5, TOP + at[i] + 0.5, at[j + 1] - at[j] - 1, at[i + 1] - at[i] - 1)
             for i, j in own
         )
-        film.add(group(blocks), 0.0, leaves[layer] + 1.5)
-        film.add(_labelled("S", f"S{layer + 1}", at, layer), leaves[layer] + 1.5)
-        corner = 3 * layer
-        extent = at[3 * layer + 3] - at[3 * layer]
-        film.add(
-            group(rect("frame", LEFT + at[corner], TOP + at[corner], extent, extent)),
-            leaves[layer],
-            leaves[layer] + 3.5,
-        )
+        film.add(group(blocks), 0.0, scenes.leaves[layer] + 1.5)
+        film.add(_labelled("S", f"S{layer + 1}", at, layer), scenes.leaves[layer] + 1.5)
+        corner, extent = at[3 * layer], at[3 * layer + 3] - at[3 * layer]
+        frame = rect("frame", LEFT + corner, TOP + corner, extent, extent)
+        film.add(group(frame), scenes.leaves[layer], scenes.leaves[layer] + 3.5)
 
 
-def _signs(film: Film, numbers: Told, leaves: dict[int, float], known: dict[int, float], solved: float) -> None:
+def _signs(film: Film, numbers: Told, scenes: Scenes) -> None:
     """A row for each layer: a square for each pivot, coloured by its sign; then whether its part of the step is known."""
     film.add(text(RIGHT, 206, "pivots of each layer, by sign", "small faint"))
     for layer, (positive, negative) in enumerate(numbers.pivots):
@@ -218,15 +219,15 @@ def _signs(film: Film, numbers: Told, leaves: dict[int, float], known: dict[int,
         wait = "".join(rect("wait", RIGHT + 56 + 9 * (k % 22), y + 9 * (k // 22), 7, 7) for k in range(len(squares)))
         film.elements.append(wait)
         full = "".join(rect(s, RIGHT + 56 + 9 * (k % 22), y + 9 * (k // 22), 7, 7) for k, s in enumerate(squares))
-        film.add(group(full + text(RIGHT + 262, y + 13, f"+{positive}  -{negative}", "small")), leaves[layer] + 2.0)
-        film.add(group(text(RIGHT + 56, y + 32, f"step x{layer + 1} known", "small known")), known[layer] + 0.8)
+        film.add(
+            group(full + text(RIGHT + 262, y + 13, f"+{positive}  -{negative}", "small")), scenes.leaves[layer] + 2.0
+        )
+        film.add(group(text(RIGHT + 56, y + 32, f"step x{layer + 1} known", "small known")), scenes.found[layer] + 0.8)
     total = numbers.inertia
-    film.add(group(text(RIGHT, 482, f"together: {total[0]} positive, {total[1]} negative")), leaves[0] + BACK)
+    film.add(group(text(RIGHT, 482, f"together: {total[0]} positive, {total[1]} negative")), scenes.leaves[0] + BACK)
 
 
-def _words(
-    film: Film, numbers: Told, leaves: dict[int, float], counted: float, known: dict[int, float], solved: float
-) -> None:
+def _words(film: Film, numbers: Told, scenes: Scenes) -> None:
     """One caption at a time; the last one stays."""
 
     def caption(lines: Sequence[str], appears: float, goes: float | None) -> None:
@@ -241,47 +242,37 @@ def _words(
     ]
     caption(first, 0.0, OPENING)
     for layer in reversed(range(numbers.layers)):
+        after = ["all that the layers before it will see of it", "is V, in one block of theirs."]
         lines = [f"Layer {layer + 1} is eliminated. Its pivot S{layer + 1} stays;"]
-        after = "It is the last: only pivots are left."
-        lines += (
-            ["all that the layers before it will see of it", "is V, added to one block of theirs."]
-            if layer
-            else [after]
-        )
-        caption(lines, leaves[layer], leaves[layer] + BACK)
+        lines += after if layer else ["it was the last, and only pivots are left."]
+        caption(lines, scenes.leaves[layer], scenes.leaves[layer] + BACK)
     counts = [
         "The pivots have the signs of the eigenvalues",
         f"of H + {DAMPING:g} I (Sylvester): {positive} are positive and",
         f"{negative} negative. Nothing was estimated.",
     ]
-    caption(counts, counted, counted + COUNTED)
+    caption(counts, scenes.counted, scenes.counted + COUNTED)
     caption(
         [
             "Now forwards. The movement y of its inputs",
             "and its pivot tell each layer its own part",
             "of the step, and what moves behind it.",
         ],
-        known[0],
-        solved,
+        scenes.found[0],
+        scenes.solved,
     )
     end = [
-        "(H + 0.1 I) x = g is solved, to twelve digits",
+        f"(H + {DAMPING:g} I) x = g is solved, to twelve digits",
         "and more: one small factorization a layer,",
         "one pass back, one forth.",
     ]
-    caption(end, solved, None)
+    caption(end, scenes.solved, None)
     for k, (look, name) in enumerate((("x", "parameters x"), ("y", "activations y"), ("z", "backward signals z"))):
         x = LEFT + (0, 120, 245)[k]
         film.elements.append(rect(look, x, 556, 11, 11) + text(x + 17, 566, name, "small"))
     film.elements.append(rect("V", LEFT + 400, 556, 11, 11) + text(LEFT + 417, 566, "V", "small"))
-    film.add(
-        text(
-            RIGHT,
-            566,
-            f"tanh, {BATCH} digits, {sum(map(sum, numbers.pivots))} parameters, real numbers",
-            "small faint",
-        )
-    )
+    what = f"a tanh network of {sum(map(sum, numbers.pivots))} parameters on {BATCH} digits"
+    film.add(text(RIGHT, 566, what, "small faint"))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from playwright.sync_api import expect
 import hinv
 from hinv.companion import data
 
-STARTS, RUNS = 90, 120  # seconds that a server may take to answer, and a notebook to run
+STARTS, RUNS = 120, 240  # seconds that a server may take to answer, and a notebook to run
 NAMES = ("00_map", "13_explorer")
 FAILED = {"application/vnd.jupyter.error", "application/vnd.jupyter.stderr"}
 
