@@ -20,8 +20,6 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-PORT ?= 8866
-
 .PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab explore demo front clean
 
 help:  ## this list
@@ -93,6 +91,8 @@ wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outs
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks
+
+PORT ?= 8866
 
 explore: $(STAMP)  ## notebook 13 as a page without code, http://127.0.0.1:8866 (PORT=8866), on this machine alone
 	@echo "Open http://127.0.0.1:$(PORT) in a browser (it takes some twenty seconds to appear). Control-C ends it."
