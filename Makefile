@@ -20,10 +20,10 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test check bench fuzz cuda distributed wheel lab clean
+.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab explore demo front clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo 'JOBS=N notebooks at a time (2); PROFILE=quick|full and PARAMS="seed=1 dataset=cifar10" set the parameters of make reproduce'
 
 setup: $(STAMP)  ## .venv with the pinned packages and hinv in editable mode
@@ -60,6 +60,9 @@ test: check  ## make check, and nbval on every notebook (results of make reprodu
 	$(NBVAL) -n $(JOBS) --dist loadfile $(ORDERED)
 	$(NBVAL) $(MAP)
 
+test-browser: $(STAMP)  ## what a reader sees, in a real browser (Debian's chromium; screenshots in build/browser/)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/browser
+
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about ten minutes), results/bench.json
 	$(PY) -m hinv.companion.bench
 
@@ -88,6 +91,19 @@ wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outs
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks
+
+PORT ?= 8866
+
+explore: $(STAMP)  ## notebook 13 as a page without code, http://127.0.0.1:8866 (PORT=8866), on this machine alone
+	@echo "Open http://127.0.0.1:$(PORT) in a browser (it takes some twenty seconds to appear). Control-C ends it."
+	@HINV_OUTPUT=$(CURDIR)/build/explore JUPYTER_PATH=$(CURDIR)/docs/jupyter $(PY) -m voila notebooks/13_explorer.ipynb \
+		--template=offline --no-browser --Voila.ip=127.0.0.1 --port=$(PORT) --Voila.port_retries=0 --Voila.log_level=ERROR
+
+demo: $(STAMP)  ## ten seconds: five lines of hinv, three numbers, figures/demo.png
+	@OMP_NUM_THREADS=1 $(PY) -m hinv.companion.demo
+
+front: $(STAMP)  ## docs/elimination.svg and docs/social.png, from a real network's numbers
+	OMP_NUM_THREADS=1 $(PY) -m hinv.companion.front
 
 clean:  ## remove what runs made (keeps data/, .venv and the figures the README shows)
 	rm -rf build dist results/[0-9]*.json results/runs .pytest_cache .ruff_cache .hypothesis *.egg-info

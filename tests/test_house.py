@@ -28,13 +28,14 @@ FLOORS = [
 ]
 ONLY = {  # who alone may import what is heavy, or is an extra
     **{
-        key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves")}
+        key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves", "explorer", "front")}
         for key in ("matplotlib", "seaborn")
     },
     **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},
     **{key: {"companion/reproduce.py"} for key in ("papermill", "nbformat")},
     "filelock": {"companion/checks.py"},
     **{key: {"companion/peers.py", "optim/monitor.py"} for key in ("pyhessian", "hessian_eigenthings")},
+    "ipywidgets": {"companion/explorer.py"},
     "backpack": {"companion/peers.py"},
     "curvlinops": {"companion/peers.py", "companion/rivals.py", "spectrum/estimates.py", "spectrum/streamed.py"},
     "pytorch_optimizer": {"companion/training/config.py"},

@@ -5,6 +5,9 @@
 `checks`     claims: measured, compared, written to results/
 `figures`    one style, one function per role
 `peers`      the same questions to other libraries
+`explorer`   a network picked, its curvature shown: notebook 13
+`demo`       what `make demo` runs
+`front`      the animated elimination, the social picture
 `bench`      speed and memory figures
 `reproduce`  what `make reproduce` calls
 """

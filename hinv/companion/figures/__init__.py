@@ -1,6 +1,6 @@
 """Figures: one style, one function a role. Only this room imports matplotlib.
 
-style.py: colours, saving. structure.py: matrices. curves.py: measurements.
+style.py: colours, saving. structure.py: matrices. curves.py: measurements. explorer.py: of notebook 13. front.py: of the project.
 """
 
 from .curves import (
@@ -18,15 +18,19 @@ from .curves import (
     spectrum,
     staircase,
 )
+from .explorer import counted, explored
+from .front import social
 from .structure import elimination, heatmaps, lifted, patterns
-from .style import save
+from .style import png, save
 
 __all__ = [
     "bands",
     "categories",
+    "counted",
     "curves",
     "dots",
     "elimination",
+    "explored",
     "fields",
     "gallery",
     "grown",
@@ -34,10 +38,12 @@ __all__ = [
     "lifted",
     "patterns",
     "plane",
+    "png",
     "races",
     "reached",
     "save",
     "scatter",
+    "social",
     "spectrum",
     "staircase",
 ]

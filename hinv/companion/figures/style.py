@@ -1,11 +1,13 @@
 """What every figure shares: one style, one colour a thing."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -81,3 +83,11 @@ def save(figure: Figure, name: str) -> Figure:
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     plt.close(figure)
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as bytes, drawn once (without the search for a tight frame that `save` makes), and the figure closed."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    plt.close(figure)
+    return buffer.getvalue()
