@@ -6,5 +6,6 @@
 `figures`    one style, one function per role
 `peers`      the same questions to other libraries
 `bench`      speed and memory figures
-`reproduce`  what `make reproduce` calls
+`reproduce`  what `make reproduce` calls; `report` its table of claims
+`book`       what `make book` calls
 """
