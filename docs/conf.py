@@ -44,15 +44,46 @@ napoleon_use_rtype = False
 default_role = "literal"
 python_maximum_signature_line_length = 90
 
-# torch, NumPy and the standard library have no inventory here: nothing is fetched
-nitpick_ignore_regex = [("py:.*", r"(torch|numpy|np|scipy|collections|typing|pathlib|nn|Any|Tensor|Array)\b.*")]
+nitpick_ignore_regex = [
+    # torch, NumPy and the standard library have no inventory here: nothing is fetched
+    ("py:.*", r"(torch|numpy|np|scipy|collections|typing|pathlib|jaxtyping|nn)\..*"),
+    ("py:.*", r"(Any|Tensor|Array|Module|LinearOperator|DataNotFound|(dict|tuple|list)\[.*)"),
+    # an annotation names a class by the file it is in; it is documented by the name that one imports, or not at all
+    ("py:class", r"hinv\..*"),
+]
+
+COLON = "\N{RATIO}"  # stands for a colon while napoleon looks
 
 
 def as_text(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with `code` in them; what reStructuredText would take for markup is escaped."""
-    for k, line in enumerate(lines):
-        pieces = re.split(r"(`[^`]*`)", line)
-        lines[k] = "".join(p if p.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", p) for p in pieces)
+    """Docstrings are plain text with `code` in them: markup that they do not mean is escaped, tables and lists that they mean become such."""
+    out: list[str] = []
+    section = code = False
+    for line in lines:
+        bare, indented = line.strip(), line.startswith(" ")
+        section = bool(re.fullmatch(r"(Args|Raises|Returns|Yields|Attributes):", bare)) or (
+            section and (indented or not bare)
+        )
+        if bare and indented and not section and (code or not out or not out[-1].strip()):
+            out += [line] if code else ["::", "", line]
+            code = True
+            continue
+        code = code and not bare
+        listed = re.match(r"`(\w+)`\s{2,}(.*)", line)
+        if listed:
+            line = f"* `{listed[1]}`: {listed[2]}"
+            if out and out[-1].strip() and not out[-1].startswith("* "):
+                out.append("")
+        pieces = re.split(r"(`[^`]*`)", line[2:] if listed else line)
+        escaped = (p if p.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", p) for p in pieces)
+        out.append(("* " if listed else "") + "".join(escaped))
+    if what in ("property", "attribute"):  # napoleon would take "(7) M: ..." for a type
+        out[:1] = [line.replace(":", COLON) for line in out[:1]]
+    lines[:] = out
+
+
+def with_colons(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 # -- how it looks -------------------------------------------------------------------------------------------------------
@@ -69,8 +100,13 @@ html_theme_options: dict[str, Any] = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # one search field is enough
 }
-repository = os.environ.get("HINV_REPOSITORY", "")  # as https://github.com/someone/hinv: adds buttons for Colab and Binder
+html_context = {"default_mode": "auto"}
+html_favicon = "_static/favicon.svg"
+repository = os.environ.get(
+    "HINV_REPOSITORY", ""
+)  # as https://github.com/someone/hinv: adds buttons for Colab and Binder
 if repository:
     html_theme_options |= {
         "repository_url": repository,
@@ -79,5 +115,13 @@ if repository:
     }
 
 
+def downloads(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """A button to download notebooks, and nothing else: other pages are of no use outside the book."""
+    if not page.startswith("notebooks/"):
+        context["page_source_suffix"] = ""
+
+
 def setup(app: Any) -> None:
+    app.connect("html-page-context", downloads, priority=100)
     app.connect("autodoc-process-docstring", as_text, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", with_colons, priority=900)

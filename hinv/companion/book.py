@@ -19,7 +19,7 @@ from typing import Any
 
 from hinv.companion import bench
 from hinv.companion.checks import ROOT, output, table
-from hinv.companion.report import figures, fragment, number_of
+from hinv.companion.report import figures, number_of, parts
 
 NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 SOURCE, HTML = BUILD / "book" / "source", BUILD / "book" / "html"
@@ -53,7 +53,8 @@ def page_of(path: str) -> str | None:
 
 def anchor(path: str, name: str = "") -> str:
     """Of a source file, or of a class or function in it."""
-    return re.sub(r"[^a-z0-9]+", "-", f"src-{path}-{name}".lower()).strip("-")
+    kind = "class-" if name[:1].isupper() else ""  # ids do not tell capitals apart: Laplace and laplace
+    return re.sub(r"[^a-z0-9]+", "-", f"src-{path}-{kind}{name}".lower()).strip("-")
 
 
 def definitions(text: str) -> dict[str, tuple[int, int]]:
@@ -146,6 +147,7 @@ class Assembly:
                 )
                 cell["source"] = self.links(text, "notebooks")
                 continue
+            cell["source"] = text.removeprefix("# NBVAL_CHECK_OUTPUT\n")  # a word to a tool, not to a reader
             for out in cell["outputs"]:
                 data = out.get("data", {})
                 if data.pop("application/vnd.jupyter.widget-view+json", None):
@@ -262,8 +264,10 @@ class Assembly:
             self.record(f"{number_of(path)}.json")
             for picture in figures(number_of(path)):
                 shutil.copyfile(picture, folder / picture.name)
-        page = fragment(NOTEBOOKS, BUILD, lambda path: f"figures/{path.name}")
-        self.write("claims.md", f"# Every claim, measured\n\n```{{raw}} html\n{page}\n```\n")
+        page = "# Every claim, measured\n\n"
+        for title, body in parts(NOTEBOOKS, BUILD, lambda path: f"figures/{path.name}"):
+            page += (f"## {title}\n\n" if title else "") + f"```{{raw}} html\n{body}\n```\n\n"
+        self.write("claims.md", page)
 
 
 ABSENT = "*There are no results yet.*"
@@ -282,7 +286,7 @@ def assemble(source: Path = SOURCE) -> Assembly:
             text = path.read_text("utf-8")
             text = book.benchmarks(text) if name == "benchmarks.md" else text
             book.write(name, book.links(text, f"docs/{Path(name).parent}"))
-        elif path.suffix in (".py", ".bib", ".css"):
+        elif path.suffix in (".py", ".bib", ".css", ".svg"):
             book.write(name, path.read_text("utf-8"))
     for origin, name in PAGES.items():
         if name not in ("index.md", *MADE):  # the README is the front page elsewhere; the book has its own

@@ -111,9 +111,13 @@ def write(notebooks: Path, build: Path) -> bool:
             print(f"{record['notebook']}: {provenance(record)}")
     build.mkdir(exist_ok=True)
     encoded = lambda path: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    sections = "\n".join(
+        f"<section><h2>{mathematics(title)}</h2>{body}</section>" if title else body
+        for title, body in parts(notebooks, build, encoded)
+    )
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>hinv: claims</title>"
-        f"<style>{PAGE}</style><h1>hinv: every claim, measured</h1>\n{fragment(notebooks, build, encoded)}</html>\n"
+        f"<style>{PAGE}</style><h1>hinv: every claim, measured</h1>\n{sections}</html>\n"
     )
     write_atomically(build / "report.html", page)
     print(f"{summary(claims)}; the same with figures: build/report.html")
@@ -133,21 +137,22 @@ def figures(notebook: str) -> list[Path]:
     return sorted(output("figures").glob(f"{notebook}_*.png"))
 
 
-def fragment(notebooks: Path, build: Path, source: Callable[[Path], str]) -> str:
-    """The claims as HTML, grouped by notebook under its question, plots beside them, what failed first.
+def parts(notebooks: Path, build: Path, source: Callable[[Path], str]) -> list[tuple[str, str]]:
+    """The page as (title, HTML): how many passed, what failed first, then notebook by notebook the question, its claims, and its plots beside them.
 
     Args:
         source: of a picture, what its <img> shall load.
     """
     claims = rows(notebooks, build)
     failed = [c for c in claims if not c["passed"]]
-    parts = [
-        f"<div class='claims'><style>{STYLE}</style>",
-        f"<p class='summary'>{summary(claims)}.</p>",
-        "<p><input type='search' placeholder='Show only claims with …' aria-label='Show only claims with these words'></p>",
-    ]
+    absent = [c for c in failed if c["measured"] is None]
+    said = summary(claims)
+    if len(absent) == len(claims):
+        said, failed = "No notebook has left results here yet: make reproduce runs them", []
+    field = "<input type='search' placeholder='Show only claims with …' aria-label='Show only claims with these words'>"
+    out = [("", f"<div class='claims'><style>{STYLE}</style><p class='summary'>{said}.</p><p>{field}</p></div>")]
     if failed:
-        parts += ["<section class='failures'><h2>What failed</h2>", _table(failed, named=True), "</section>"]
+        out.append(("What failed", f"<div class='claims failures'>{_table(failed, named=True)}</div>"))
     for key, group in groupby(claims, lambda c: c["notebook"]):
         (notebook,) = notebooks.glob(f"{key}_*.ipynb")
         title, question = opening(notebook)
@@ -156,12 +161,13 @@ def fragment(notebooks: Path, build: Path, source: Callable[[Path], str]) -> str
             f"<figure><a href='{source(p)}'><img alt='{p.stem}' loading='lazy' src='{source(p)}'></a><figcaption>{p.stem}</figcaption></figure>"
             for p in figures(key)
         )
-        parts += [
-            f"<section id='claims-{key}'><h2>{title}</h2><p class='question'>{question}</p>",
-            f"<div class='chapter'><div class='scroll'>{_table(list(group))}</div><div class='figures'>{pictures}</div></div>",
-            f"<p class='run'>{html.escape(provenance(record))}</p></section>" if record["claims"] else "</section>",
-        ]
-    return "\n".join([*parts, f"<script>{FILTER}</script></div>"])
+        run = f"<p class='run'>{html.escape(provenance(record))}</p>" if record["claims"] else ""
+        body = (
+            f"<div class='claims' id='claims-{key}'><p class='question'>{mathematics(question)}</p><div class='chapter'>"
+            f"<div class='scroll'>{_table(list(group))}</div><div class='figures'>{pictures}</div></div>{run}</div>"
+        )
+        out.append((title, body))
+    return [*out, ("", f"<script>{FILTER}</script>")]
 
 
 def _table(claims: list[dict[str, Any]], named: bool = False) -> str:
@@ -181,12 +187,12 @@ def _table(claims: list[dict[str, Any]], named: bool = False) -> str:
 
 
 def opening(notebook: Path) -> tuple[str, str]:
-    """Title and question of a notebook, as HTML."""
+    """Title and question of a notebook."""
     cells = nbformat.read(notebook, 4).cells
     first = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
     title = re.search(r"^# (.+)$", first, re.M)
     question = re.search(r"\*\*Question\.\*\* (.+?)(?:\n\n|\Z)", first, re.S)
-    return mathematics(title[1] if title else notebook.stem), mathematics(question[1] if question else "")
+    return title[1] if title else notebook.stem, question[1] if question else ""
 
 
 def mathematics(text: str) -> str:
@@ -208,14 +214,14 @@ STYLE = """
 .claims td,.claims th{padding:.25em .6em;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 .claims th:nth-last-child(2),.claims th:nth-last-child(3),.claims .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .claims .paper{color:var(--quiet);overflow-wrap:anywhere}
-.claims td:first-child{min-width:14em}.claims .failures td:first-child{min-width:0}
+.claims td:first-child{min-width:14em}.claims.failures td:first-child{min-width:0}
 .claims .fail td{background:light-dark(#fdd,#522);font-weight:bold}.claims .fail td:last-child::before{content:"✗ "}
 .claims .question{font-style:italic;max-width:45em}
 .claims .run{color:var(--quiet);font-size:.8em}
-.claims .scroll,.claims .failures{overflow-x:auto}
+.claims .scroll,.claims.failures{overflow-x:auto}
 .claims .chapter{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:1.5em;align-items:start}
 .claims .figures{display:grid;gap:1em;grid-template-columns:repeat(auto-fill,minmax(13em,1fr))}
-.claims figure{margin:0}.claims figcaption{color:var(--quiet);font-size:.8em}
+.claims figure{margin:0}.claims figcaption{color:var(--quiet);font-size:.8em;font-weight:normal;text-align:left;margin:0}
 .claims img{width:100%;background:#fff;border-radius:4px;padding:4px;box-sizing:border-box}
 .claims input{font:inherit;width:min(100%,24em);padding:.4em .6em;border:1px solid var(--line);border-radius:4px;background:transparent;color:inherit}
 @container (max-width:60em){.claims .chapter{grid-template-columns:minmax(0,1fr)}}
@@ -224,8 +230,9 @@ PAGE = ":root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;m
 FILTER = """
 document.querySelector('.claims input').addEventListener('input', event => {
   const words = event.target.value.toLowerCase().split(/\\s+/);
-  for (const section of document.querySelectorAll('.claims section')) {
-    const about = section.querySelector('h2').textContent, rows = [...section.querySelectorAll('tbody tr')];
+  for (const part of document.querySelectorAll('.claims:has(tbody)')) {
+    const section = part.closest('section'), about = section.querySelector('h2').textContent;
+    const rows = [...part.querySelectorAll('tbody tr')];
     for (const row of rows) row.hidden = !words.every(word => (about + ' ' + row.textContent).toLowerCase().includes(word));
     section.hidden = rows.every(row => row.hidden);
   }
