@@ -29,6 +29,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # outputs are those of make reproduce, or as committed
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
+mathjax3_config = {"chtml": {"matchFontHeight": False, "scale": 1.1}}
 nb_merge_streams = True
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"

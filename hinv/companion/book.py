@@ -205,9 +205,11 @@ class Assembly:
         begins = definitions(text) if path.endswith(".py") else {}
         lines = [f"({anchor(path)})=", f"# `{path}`", ""]
         marks = sorted((line, depth, name) for name, (depth, line) in begins.items())
-        last = max(1, len(text.splitlines()))
+        rows = text.splitlines() or [""]
         for k, (line, depth, name) in enumerate([(1, 0, ""), *marks]):
-            end = marks[k][0] - 1 if k < len(marks) else last
+            end = marks[k][0] - 1 if k < len(marks) else len(rows)
+            while end > line and not rows[end - 1].strip():
+                end -= 1
             if name:
                 lines += [f"({anchor(path, name)})=", *([f"## `{name}`"] if not depth else []), ""]
             if end >= line:

@@ -225,6 +225,7 @@ STYLE = """
 .claims img{width:100%;background:#fff;border-radius:4px;padding:4px;box-sizing:border-box}
 .claims input{font:inherit;width:min(100%,24em);padding:.4em .6em;border:1px solid var(--line);border-radius:4px;background:transparent;color:inherit}
 @container (max-width:60em){.claims .chapter{grid-template-columns:minmax(0,1fr)}}
+@container (max-width:30em){.claims td,.claims th{padding:.25em .3em;font-size:.9em}.claims td:first-child{min-width:7em}}
 """
 PAGE = ":root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;max-width:90em;margin:2em auto;padding:0 1em}"
 FILTER = """
