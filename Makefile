@@ -20,10 +20,10 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test check bench fuzz cuda distributed wheel lab clean
+.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
 	@echo 'JOBS=N notebooks at a time (2); PROFILE=quick|full and PARAMS="seed=1 dataset=cifar10" set the parameters of make reproduce'
 
 setup: $(STAMP)  ## .venv with the pinned packages and hinv in editable mode
@@ -59,6 +59,9 @@ check: $(STAMP)  ## for daily work: ruff, types, and the tests of the library (n
 test: check  ## make check, and nbval on every notebook (results of make reproduce are left alone)
 	$(NBVAL) -n $(JOBS) --dist loadfile $(ORDERED)
 	$(NBVAL) $(MAP)
+
+test-browser: $(STAMP)  ## what a reader sees, in a real browser (Debian's chromium; screenshots in build/browser/)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/browser
 
 bench: $(STAMP)  ## speed and memory of the fast solver on this machine (about ten minutes), results/bench.json
 	$(PY) -m hinv.companion.bench
