@@ -123,6 +123,7 @@ def downloads(app: Any, page: str, template: str, context: dict[str, Any], doctr
 
 
 def setup(app: Any) -> None:
+    app.set_html_assets_policy("always")  # titles in the table of contents have mathematics, on every page
     app.connect("html-page-context", downloads, priority=100)
     app.connect("autodoc-process-docstring", as_text, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", with_colons, priority=900)

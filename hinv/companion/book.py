@@ -244,7 +244,13 @@ class Assembly:
         self.write(
             "faults.md",
             "# Faults survived\n\nWhat was done to the project by a test, what happened, and what was kept (`results/faults.json`, written by the tests).\n\n"
-            + (table(("fault", "what happened", "what was kept"), [r.values() for r in rows]) if rows else ABSENT)
+            + (
+                table(
+                    ("fault", "what happened", "what was kept"), [[r["fault"], r["happened"], r["kept"]] for r in rows]
+                )
+                if rows
+                else ABSENT
+            )
             + "\n",
         )
         fuzz = self.record("fuzz.json")
