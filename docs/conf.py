@@ -32,7 +32,6 @@ nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 mathjax3_config = {"chtml": {"matchFontHeight": False, "scale": 1.1}}
 nb_merge_streams = True
 bibtex_bibfiles = ["references.bib"]
-bibtex_reference_style = "author_year"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -111,6 +110,7 @@ repository = os.environ.get(
 if repository:
     html_theme_options |= {
         "repository_url": repository,
+        "repository_branch": "main",
         "use_repository_button": True,
         "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org"},
     }
