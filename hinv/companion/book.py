@@ -220,7 +220,7 @@ class Assembly:
     # -- pages made from results ---------------------------------------------------------------------------------------
 
     def record(self, name: str) -> Any:
-        """A results file; None, and a line at the end of the build, where it is not there."""
+        """A results file; None, and a word at the end of the build, where it is not there."""
         path = output("results") / name
         if path.exists():
             return json.loads(path.read_text("utf-8"))
@@ -314,23 +314,11 @@ def assemble(source: Path = SOURCE) -> Assembly:
 
 
 def build() -> int:
-    """Assemble and run Sphinx; a warning is an error."""
+    """Assemble and run Sphinx; a warning is an error. Pages of before are removed: each of them is written anew."""
+    shutil.rmtree(BUILD / "book", ignore_errors=True)
     book = assemble()
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-b",
-        "html",
-        "-W",
-        "--keep-going",
-        "-n",
-        "-q",
-        "-d",
-        BUILD / "book" / "doctrees",
-        SOURCE,
-        HTML,
-    ]
+    options = ["-b", "html", "-W", "--keep-going", "-n", "-q", "-d", BUILD / "book" / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", *options, SOURCE, HTML]
     status = subprocess.run(command, cwd=ROOT).returncode
     if status == 0:  # the download button gives the notebook itself, without what was added here
         for path in (SOURCE / "notebooks").glob("*.ipynb"):
@@ -339,8 +327,8 @@ def build() -> int:
                 executed if executed.exists() else NOTEBOOKS / path.name, HTML / "_sources" / "notebooks" / path.name
             )
         print(f"the book: {(HTML / 'index.html').relative_to(ROOT)}")
-    for line in book.missing:
-        print(f"not in the book: {line} (make reproduce makes the claims and figures)")
+    if book.missing:
+        print(f"not in the book: {', '.join(sorted(set(book.missing)))} (make reproduce makes those of the notebooks)")
     return status
 
 
