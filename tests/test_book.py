@@ -169,10 +169,29 @@ def test_a_notebook_gets_captions_and_loses_nothing(assembly):
         and shown.caption.startswith("**Figure 01.1.** ")
         and "01_bidiagonal" in shown.caption
     )
+    prose = "".join(c.source for c in after.cells if c.cell_type == "markdown")
+    assert (
+        re.findall(r"\\tag\{(.*?)\}", prose)[:2] == ["01.1", "01.2"] and "([02](/notebooks/02_hessian.ipynb))" in prose
+    )
     assert "*Outputs: " in after.cells[0].source
     assert "<summary>Answer</summary>\n\n" in "".join(
         c.source for c in after.cells
     )  # so that mathematics in it is rendered
+
+
+def test_notebooks_called_by_number_are_linked():
+    two = "[02](/notebooks/02_hessian.ipynb)"
+    eleven = "[11](/notebooks/11_posterior.ipynb)"
+    assert book.mentions("as in 02, (02) and notebook 11.") == f"as in {two}, ({two}) and notebook {eleven}."
+    for text in (
+        "# 02 · Title",
+        "`results/02.json` $02$ `02`",
+        "1e-02 and 0.02, v3.02",
+        "equations (10, 11)",
+        "notebook 99",
+        "[02](x)",
+    ):
+        assert book.mentions(text) == text
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

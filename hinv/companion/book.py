@@ -35,6 +35,8 @@ PAGES = {  # what is a page of the book and does not lie in docs/
 }
 MADE = ("claims.md", "faults.md", "fuzz.md")
 LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+ASIDE = re.compile(r"(```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|!?\[[^\]]*\]\([^)]*\)|^#.*?$|<[^>]*>)", re.S | re.M)
+MENTION = re.compile(r"(?<=\bnotebook )(\d\d[ab]?)\b|(?<![\w.,/-])(0\d[ab]?)(?=[\s,;:)']|\.(?!\d)|$)")
 DISPLAY = re.compile(r"^\$\$(.+?)\$\$$", re.S | re.M)
 RANGE = re.compile("(\\d+)(?:\N{EN DASH}(\\d+))?")  # (2-5) in the paper's numbers
 TAG = re.compile(r"\s*\\tag\{([^}]*)\}")
@@ -82,6 +84,17 @@ def defined(path: str, label: str) -> str | None:
         if ".".join(parts[first:]) in names:
             return ".".join(parts[first:])
     return next((name for name in names if name.endswith(f".{parts[-1]}")), None)
+
+
+def mentions(text: str) -> str:
+    """Notebooks that prose calls by their number, as in "(02)" and "notebook 11", become links to them; not in code, formulas, links and headings."""
+    notebooks = {number_of(path): path.name for path in NOTEBOOKS.glob("[0-9]*.ipynb")}
+
+    def linked(found: re.Match[str]) -> str:
+        number = found[1] or found[2]
+        return f"[{number}](/notebooks/{notebooks[number]})" if number in notebooks else found[0]
+
+    return "".join(part if k % 2 else MENTION.sub(linked, part) for k, part in enumerate(ASIDE.split(text)))
 
 
 class Assembly:
@@ -141,7 +154,7 @@ class Assembly:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 heading = next(iter(re.findall(r"^#+ (.+)$", text, re.M)[-1:]), heading)
-                text = self.equations(text, number, counter)
+                text = self.equations(mentions(text), number, counter)
                 text = re.sub(
                     r"(<details><summary>.*?</summary>)(.*?)</details>", r"\1\n\n\2\n\n</details>", text, flags=re.S
                 )
@@ -293,7 +306,7 @@ def assemble(source: Path = SOURCE) -> Assembly:
         if path.suffix == ".md":
             text = path.read_text("utf-8")
             text = book.benchmarks(text) if name == "benchmarks.md" else text
-            book.write(name, book.links(text, f"docs/{Path(name).parent}"))
+            book.write(name, mentions(book.links(text, f"docs/{Path(name).parent}")))
         elif path.suffix in (".py", ".bib", ".css", ".svg"):
             book.write(name, path.read_text("utf-8"))
     for origin, name in PAGES.items():

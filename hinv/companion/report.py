@@ -220,7 +220,7 @@ STYLE = """
 .claims .run{color:var(--quiet);font-size:.8em}
 .claims .scroll,.claims.failures{overflow-x:auto}
 .claims .chapter{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:1.5em;align-items:start}
-.claims .figures{display:grid;gap:1em;grid-template-columns:repeat(auto-fill,minmax(13em,1fr))}
+.claims .figures{display:grid;gap:1em;grid-template-columns:repeat(auto-fit,minmax(14em,1fr))}
 .claims figure{margin:0}.claims figcaption{color:var(--quiet);font-size:.8em;font-weight:normal;text-align:left;margin:0}
 .claims img{width:100%;background:#fff;border-radius:4px;padding:4px;box-sizing:border-box}
 .claims input{font:inherit;width:min(100%,24em);padding:.4em .6em;border:1px solid var(--line);border-radius:4px;background:transparent;color:inherit}

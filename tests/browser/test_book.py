@@ -56,6 +56,7 @@ def rendered(page):
         }"""
     )
     assert left == [], f"TeX that nobody rendered: {left}"
+    assert page.locator("mjx-container", has_text="](").count() == 0, "Markdown inside a formula"
 
 
 def fits(page):
