@@ -82,6 +82,18 @@ def watched(browser, allowed=ALLOWED, **options):
     watch.judge()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What the page of a failed test looked like."""
+    report = yield
+    if call.when == "call" and report.failed:
+        for name in ("desktop", "phone"):
+            if name in item.funcargs:
+                SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+                item.funcargs[name].screenshot(path=SCREENSHOTS / f"failed_{item.name}.png")
+    return report
+
+
 @pytest.fixture
 def desktop(browser):
     """A page of 1280 x 800."""
