@@ -20,7 +20,7 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel book lab clean
+.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -89,6 +89,7 @@ wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outs
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build && wheel/bin/python $(CURDIR)/tests/smoke.py
 
+.PHONY: book
 book: $(STAMP)  ## pages, notebooks, interface and measured tables as a book: build/book/html/index.html
 	@OMP_NUM_THREADS=1 $(PY) -m hinv.companion.book
 
