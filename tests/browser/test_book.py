@@ -99,6 +99,17 @@ def test_a_page_is_whole(site, seen, shoot, name):
     shoot(page, f"book-{name}-{how}")
 
 
+def test_every_other_page_fits_a_phone(site, phone):
+    """Whatever pages and notebooks there are; of the sources the sample holds one."""
+    pages = [p for folder in (".", "notebooks", "howto", "api") for p in sorted((HTML / folder).glob("*.html"))]
+    others = {p.relative_to(HTML).as_posix() for p in pages} - {*SAMPLE.values(), "search.html"}
+    assert len(others) > 25
+    for name in sorted(others):
+        phone.goto(f"{site}/{name}")
+        rendered(phone)
+        fits(phone)
+
+
 def test_search_finds_inertia(site, page, shoot):
     page.goto(f"{site}/index.html")
     page.locator(".bd-sidebar-primary .search-button-field").click()
