@@ -20,7 +20,7 @@ export PYTHONWARNINGS := ignore
 # training runs are found by their key, by notebooks and tests alike
 export HINV_RUNS ?= $(CURDIR)/results/runs
 
-.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab explore demo front clean
+.PHONY: help setup reproduce notebooks parameters test test-browser check bench fuzz cuda distributed wheel lab explore demo front book clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ wheel: $(STAMP)  ## wheel and sdist in dist/, tried in an empty environment outs
 	$(PY) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build && wheel/bin/python $(CURDIR)/tests/smoke.py
+
+book: $(STAMP)  ## pages, notebooks, interface and measured tables as a book: build/book/html/index.html
+	@OMP_NUM_THREADS=1 $(PY) -m hinv.companion.book
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir notebooks

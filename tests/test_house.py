@@ -32,7 +32,8 @@ ONLY = {  # who alone may import what is heavy, or is an extra
         for key in ("matplotlib", "seaborn")
     },
     **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},
-    **{key: {"companion/reproduce.py"} for key in ("papermill", "nbformat")},
+    "papermill": {"companion/reproduce.py"},
+    "nbformat": {"companion/report.py"},
     "filelock": {"companion/checks.py"},
     **{key: {"companion/peers.py", "optim/monitor.py"} for key in ("pyhessian", "hessian_eigenthings")},
     "ipywidgets": {"companion/explorer.py"},

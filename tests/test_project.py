@@ -25,7 +25,8 @@ from hinv.companion import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
+EXAMPLES = [page for page in PAGES if page.suffix == ".md" and "```pycon" in page.read_text()]
 
 
 def pins():
@@ -141,9 +142,11 @@ def test_compared_outputs_hold_no_measured_digits(path):
                     assert not re.search(r"\d\.\d{5,}", line), line
 
 
-def test_readme_example_prints_what_it_says():
-    (block,) = re.findall(r"```pycon\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    example = doctest.DocTestParser().get_doctest(block, {}, "README", "README.md", 0)
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_print_what_they_say(page, unenforced):
+    """All `pycon` blocks of a page, one after the other, as a reader pastes them."""
+    blocks = re.findall(r"```pycon\n(.*?)```", page.read_text(), re.S)
+    example = doctest.DocTestParser().get_doctest("".join(blocks), {}, page.stem, str(page), 0)
     assert len(example.examples) >= 6
     assert doctest.DocTestRunner().run(example).failed == 0
 

@@ -44,7 +44,7 @@ def test_runs_reports_and_keeps_the_failure(project, capfd):
     assert "02_bad.ipynb failed (RuntimeError: the reason); kept as build/notebooks/02_bad.failed.ipynb" in out
     assert "1 claims passed, 1 failed" in out
     page = (project / "build" / "report.html").read_text()
-    assert "Data and seeds" in page and "seed " in page
+    assert "data digits; quick, seed 3, float64 on cpu" in page
     assert "below" in page and "FAIL" in page and "pass" in page
 
 

@@ -9,5 +9,6 @@
 `demo`       what `make demo` runs
 `front`      the animated elimination, the social picture
 `bench`      speed and memory figures
-`reproduce`  what `make reproduce` calls
+`reproduce`  what `make reproduce` calls; `report` its table of claims
+`book`       what `make book` calls
 """

@@ -123,6 +123,7 @@ class Claims:
             "data": data,
             "commit": commit(),
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "scipy")},
+            "machine": machine(),
             "claims": [],
             "values": {},
         }
@@ -181,6 +182,17 @@ def read(number: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is damaged ({error}): run notebook {number} again, or 'make reproduce'"
         ) from error
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and the threads torch uses: what speed and last digits depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    processor = model or platform.processor() or platform.machine()
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def commit() -> str:

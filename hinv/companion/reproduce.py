@@ -6,28 +6,21 @@ python -m hinv.companion.reproduce report                            table of al
 """
 
 import ast
-import base64
-import html
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from hinv.companion.checks import ROOT, alone, output, write_atomically
+from hinv.companion.report import number_of, results, write
 
 NOTEBOOKS, BUILD = ROOT / "notebooks", ROOT / "build"
 PROFILES = ("quick", "full")
-
-
-def number_of(notebook: Path) -> str:
-    """08a of notebooks/08a_products.ipynb."""
-    return notebook.stem.split("_")[0]
 
 
 class PlainProgress(NBClientEngine):
@@ -135,104 +128,9 @@ def _execute(notebook: Path, working: Path, failed: Path, parameters: dict[str, 
         raise
 
 
-def rows() -> list[dict[str, Any]]:
-    """Every claim of every notebook that ran, and one failed row for each notebook that did not finish."""
-    out: list[dict[str, Any]] = []
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        number = number_of(notebook)
-        result = output("results") / f"{number}.json"
-        record = results(result)
-        out += [{"notebook": number} | claim for claim in record["claims"]]
-        if not record["claims"] or not (BUILD / "notebooks" / notebook.name).exists():
-            out.append(
-                {
-                    "notebook": number,
-                    "statement": _failure(notebook),
-                    "equation": "",
-                    "measured": None,
-                    "relation": "",
-                    "bound": "",
-                    "passed": False,
-                }
-            )
-    return out
-
-
-def results(path: Path) -> dict[str, Any]:
-    """What a notebook wrote; no claims if it wrote nothing, or what it wrote is damaged (then it counts as a notebook that must run again)."""
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        return record if isinstance(record["claims"], list) else {"claims": []}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"claims": []}
-
-
-def _failure(notebook: Path) -> str:
-    failed = BUILD / "notebooks" / f"{notebook.stem}.failed.ipynb"
-    if not failed.exists():
-        ran = (BUILD / "notebooks" / notebook.name).exists()
-        return f"{notebook.name} {'ran but left no claims in results/, or damaged ones: make reproduce runs it again' if ran else 'did not run'}"
-    cells = [c for c in nbformat.read(failed, 4).cells if c.cell_type == "code"]
-    errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
-    if errors and errors[-1].evalue:
-        reason = f"{errors[-1].ename}: {errors[-1].evalue.splitlines()[0]}"
-    else:
-        cell = sum(c.metadata.get("papermill", {}).get("start_time") is not None for c in cells)  # the last that began
-        reason = f"its kernel ended in cell {cell} of {len(cells)}: was it killed for memory? PROFILE=quick needs least; fewer images or a smaller batch less still"
-    return f"{notebook.name} failed ({reason}); kept as {failed.relative_to(ROOT)}"
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.2e}" if isinstance(value, float) else str(value)
-
-
 def report() -> bool:
-    """Print the table of claims, write build/report.html, and say whether all passed."""
-    claims = rows()
-    columns = [
-        (
-            c["notebook"],
-            c["statement"],
-            c["equation"],
-            _number(c["measured"]),
-            f"{c['relation']} {_number(c['bound'])}".strip(),
-            "pass" if c["passed"] else "FAIL",
-        )
-        for c in claims
-    ]
-    runs = [r for path in sorted(output("results").glob("[0-9][0-9].json")) if (r := results(path))["claims"]]
-    provenance = [
-        f"{r['notebook']}: data {r['data']}; {r['profile']}, seed {r['seed']}, {r['dtype']} on {r['device']}, commit {r['commit']}"
-        for r in runs
-    ]
-    head = ("nb", "claim", "paper", "measured", "bound", "")
-    widths = [max(len(row[k]) for row in [head, *columns]) for k in range(len(head))]
-    for row in [head, *columns]:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    failed = sum(not c["passed"] for c in claims)
-    summary = f"{len(claims) - failed} claims passed, {failed} failed"
-    body = "".join(
-        f"<tr class='{row[-1].lower()}'>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in columns
-    )
-    pictures = "".join(
-        f"<figure><img alt='{p.stem}' src='data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}'><figcaption>{p.stem}</figcaption></figure>\n"
-        for p in sorted(output("figures").glob("[0-9][0-9]_*.png"))
-    )
-    listed = "".join(f"<li>{html.escape(line)}</li>" for line in provenance)
-    style = (
-        "body{font:15px/1.45 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{padding:.25em .8em;border-bottom:1px solid #ccc;text-align:left}.fail{background:#fdd;font-weight:bold}img{max-width:100%}"
-    )
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>hinv: claims</title><style>{style}</style><h1>hinv: every claim, measured</h1>"
-        f"<p>{summary}.</p><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>\n{body}</table><h2>Data and seeds</h2><ul>{listed}</ul>\n<h2>Figures</h2>\n{pictures}</html>\n"
-    )
-    BUILD.mkdir(exist_ok=True)
-    write_atomically(BUILD / "report.html", page)
-    print(*provenance, sep="\n")
-    print(f"{summary}; the same with figures: build/report.html")
-    return failed == 0
+    """The table of claims, printed and as build/report.html; whether all passed."""
+    return write(NOTEBOOKS, BUILD)
 
 
 def main(arguments: list[str]) -> int:

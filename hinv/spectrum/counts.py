@@ -16,7 +16,7 @@ from hinv.solver.matrix import Matrix, counting
 def count_below(H: Matrix, shift: float) -> int:
     shift = float(shift)
     if shift not in H.counted:
-        F = counting(H, -shift)
+        F = counting(H, 0.0 - shift)  # not -shift: messages would say H + (-0) I
         H.counted[shift], H.uncertain[shift] = F.inertia[1], getattr(F, "uncertainty", 0.0)
     return H.counted[shift]
 
