@@ -101,7 +101,9 @@ def test_titles_and_questions_are_readable_without_mathematics(path):
 
 
 @pytest.fixture
-def assembly(tmp_path):
+def assembly(tmp_path, monkeypatch):
+    """Of a project where no notebook has been run."""
+    monkeypatch.setattr(book, "BUILD", tmp_path / "build")
     return book.Assembly(tmp_path / "source")
 
 
@@ -155,6 +157,18 @@ def test_equations_keep_the_papers_numbers_and_get_the_books(assembly):
     assert assembly.ledger(entry).endswith("notebook [01](#equation-01-1)")
     other = entry.replace("(2–5)", "(8)")  # noqa: RUF001
     assert assembly.ledger(other) == other
+
+
+def test_an_executed_notebook_is_shown_unless_the_committed_one_is_newer(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "BUILD", tmp_path)
+    path, made = tmp_path / "01_a.ipynb", tmp_path / "notebooks" / "01_a.ipynb"
+    path.write_text("{}")
+    assert book.executed(path) == path
+    made.parent.mkdir()
+    made.write_text("{}")
+    assert book.executed(path) == made
+    os.utime(path, (made.stat().st_mtime + 1,) * 2)
+    assert book.executed(path) == path
 
 
 def test_a_notebook_gets_captions_and_loses_nothing(assembly):

@@ -53,6 +53,12 @@ def page_of(path: str) -> str | None:
     return None if path.endswith((".png", ".svg", ".gif")) else f"source/{path}.md"
 
 
+def executed(notebook: Path) -> Path:
+    """What `make reproduce` made of a notebook, if it is not older than the notebook; else the notebook itself, as committed."""
+    made = BUILD / "notebooks" / notebook.name
+    return made if made.exists() and made.stat().st_mtime >= notebook.stat().st_mtime else notebook
+
+
 def anchor(path: str, name: str = "") -> str:
     """Of a source file, or of a class or function in it."""
     kind = "class-" if name[:1].isupper() else ""  # ids do not tell capitals apart: Laplace and laplace
@@ -145,8 +151,8 @@ class Assembly:
 
     def notebook(self, path: Path) -> None:
         """One notebook: executed where `make reproduce` made it, else as committed; with numbered equations and figures."""
-        executed = BUILD / "notebooks" / path.name
-        notebook = json.loads((executed if executed.exists() else path).read_text("utf-8"))
+        shown = executed(path)
+        notebook = json.loads(shown.read_text("utf-8"))
         number, pictures, heading = path.stem.split("_")[0], 0, ""
         self.numbers[number] = {}
         counter = [0]
@@ -172,7 +178,7 @@ class Assembly:
                     caption = f"**{title}.** {heading}" + (f" (`{saved[-1]}`)" if saved else "")
                     figure = {"caption": caption, "name": f"figure-{number}-{pictures}"}
                     cell["metadata"]["mystnb"] = {"figure": figure, "image": {"alt": f"{title}: {heading}"}}
-        which = "of the last `make reproduce` here" if executed.exists() else "as committed"
+        which = "of the last `make reproduce` here" if shown != path else "as committed"
         notebook["cells"][0]["source"] += f"\n\n*Outputs: {which}.*"
         self.write(f"notebooks/{path.name}", json.dumps(notebook, indent=1, ensure_ascii=False))
 
@@ -335,10 +341,7 @@ def build() -> int:
     status = subprocess.run(command, cwd=ROOT).returncode
     if status == 0:  # the download button gives the notebook itself, without what was added here
         for path in (SOURCE / "notebooks").glob("*.ipynb"):
-            executed = BUILD / "notebooks" / path.name
-            shutil.copyfile(
-                executed if executed.exists() else NOTEBOOKS / path.name, HTML / "_sources" / "notebooks" / path.name
-            )
+            shutil.copyfile(executed(NOTEBOOKS / path.name), HTML / "_sources" / "notebooks" / path.name)
         print(f"the book: {(HTML / 'index.html').relative_to(ROOT)}")
     if book.missing:
         print(f"not in the book: {', '.join(sorted(set(book.missing)))} (make reproduce makes those of the notebooks)")
