@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed
 
+from hinv.errors import NotFiniteError
 from hinv.shapes import Float
 
 T = TypeVar("T")
@@ -74,18 +75,19 @@ def agreed(make: Callable[[], T]) -> T:
     """make() on each process; where it fails on one, none goes on: that one raises its own error, the others say so."""
     if not several():
         return make()
-    failed, error, found = torch.zeros(1), None, None
+    failed, error, found = torch.zeros(2), None, None  # errors, and those of numbers that are not finite
     try:
         found = make()
     except Exception as own:
-        error, failed = own, torch.ones(1)
+        error, failed = own, torch.tensor([1.0, float(isinstance(own, NotFiniteError))])
     if distributed.get_backend() == "nccl":
         failed = failed.cuda()
     _sum(failed)
     if error is not None:
         raise error
-    if failed.item():
-        raise ValueError("another process failed here: its own error says why")
+    if failed.any():
+        kind = NotFiniteError if failed[1] == failed[0] else ValueError
+        raise kind("another process failed here: its own error says why")
     return cast(T, found)
 
 

@@ -26,7 +26,7 @@ def _factor(H: Matrix, damping: float, rtol: float) -> Apply:
 
 
 def _single(H: Matrix, damping: float, rtol: float) -> Apply:
-    """The same in float32 arithmetic: half of the memory, and seven digits fewer, which refinement in float64 brings back."""
+    """The same in float32 arithmetic: half of the memory, and nine digits fewer, which refinement in float64 brings back."""
     try:
         return H.factor(damping, dtype=torch.float32).solve
     except SingularShiftError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -80,6 +81,16 @@ def test_what_failed_comes_first_and_claims_stand_by_notebook(project):
 def test_numbers_neither_wrap_nor_dance(project):
     page = report.parts(*project, lambda path: path.name)[0][1]
     assert re.search(r"\.claims \.number\{[^}]*white-space:nowrap;font-variant-numeric:tabular-nums", page)
+
+
+def test_a_stray_notebook_is_no_matter(project):
+    notebooks, build = project
+    for name in ("Untitled.ipynb", "04_topic-Copy1.ipynb"):
+        shutil.copy(notebooks / "04_topic.ipynb", notebooks / name)
+    assert report.write(notebooks, build) is False
+    page = (build / "report.html").read_text()
+    assert "04_topic-Copy1.ipynb ran but" in page or "04_topic-Copy1.ipynb did not run" in page
+    assert "Untitled" not in page
 
 
 def test_no_results_are_said_to_be_none(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Two processes with unequal shares of the data against one with all of it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,7 @@ CONFIGS = {
         "steps": 12,
         "probe": 40,
         "seconds": 100.0,
+        "options": {"every": 3},
     },
     "SGD": {
         "method": "SGD",
@@ -274,9 +276,10 @@ CONFIGS = {
     "LBFGS": {"method": "LBFGS", "batch": 33, "images": 100, "widths": (8, 8), "steps": 4, "options": {"max_iter": 5}},
 }
 RUNS = f"""
+import warnings
 from hinv.companion import training
-out = {{}}
-for name, how in {CONFIGS!r}.items():
+out, configs = {{}}, {CONFIGS!r}
+for name, how in configs.items():
     run = training.run(training.Config(**how), progress=False)
     again = training.run(training.Config(**how), progress=False)
     assert again.records == run.records
@@ -287,6 +290,28 @@ def message(make):
     except Exception as error:
         return f"{{type(error).__name__}}: {{error}}"
 out["refused"] = [message(lambda: training.run(training.Config(**how), progress=False)) for how in (dict(method="DampedNewton"), dict(batch=1))]
+
+# in one process alone: images that are not finite, and a disk that is full
+session, broken = training.session.Session, []
+advance, write = session._advance, training.folder.Folder.append
+session._advance = lambda self, batch: advance(self, (batch[0] * (torch.inf if rank == 1 and self.step == 3 else 1.0), batch[1]))
+for name in ("SGD", "GaussNewton"):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out[f"{{name}}, not finite"] = training.run(training.Config(**configs[name] | dict(seed=1)), progress=False).status
+    except Exception as error:
+        out[f"{{name}}, not finite"] = f"{{type(error).__name__}}: {{error}}"
+session._advance = advance
+def full(self, file, record):
+    if record.get("step") == 2 and not broken:
+        broken.append(1)
+        raise OSError(28, "No space left on device")
+    write(self, file, record)
+training.folder.Folder.append = full
+how = training.Config(**configs["SGD"] | dict(seed=2))
+out["full disk"] = message(lambda: training.run(how, progress=False))
+out["afterwards"] = training.run(how, progress=False).curve()[1]
 """
 
 
@@ -311,6 +336,21 @@ def test_what_does_not_sum_over_processes_is_refused(together):
         assert "a batch of 1 images for 2 processes" in small
 
 
+def test_what_goes_wrong_in_one_process_ends_the_run_in_both(together, tmp_path):
+    first, second = (found["runs"] for found in together)
+    assert first["SGD, not finite"].startswith("stopped at step 3") and second["SGD, not finite"].startswith(
+        "stopped at step 3"
+    )
+    for found in (first, second):
+        assert (
+            "another process failed here" in found["GaussNewton, not finite"]
+            or "infinite" in found["GaussNewton, not finite"]
+        )
+    assert "No space left" in first["full disk"] and "another process failed here" in second["full disk"]
+    whole = training.run(training.Config(**CONFIGS["SGD"] | {"seed": 2}), tmp_path / "run", progress=False)
+    assert first["afterwards"] == second["afterwards"] == pytest.approx(whole.curve()[1], rel=1e-9)
+
+
 DIES = f"""
 from hinv.companion import training
 how = training.Config(**{CONFIGS["GaussNewton"]!r} | dict(checkpoint_every=5))
@@ -324,6 +364,7 @@ if rank == 1:
     hinv.optim.GaussNewton.step = step
 training.run(how, folder + "/run", progress=False)
 """
+RESUMED = DIES.replace("if rank == 1", "if False")
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path):
@@ -338,9 +379,15 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     assert (
         len(list((tmp_path / "run").glob("step-00000005-*.pt"))) == 1 and not (tmp_path / "run" / "done.json").exists()
     )
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again / "run")
+    codes, errors = run_together(again, {"goes on": (RESUMED + "out = None", model, weighted, shares)})
+    assert codes == [0, 0], "\n".join(errors)
+    both = training.run(how, again / "run", progress=False)  # read
     rest = training.run(how, tmp_path / "run", progress=False)  # in one process
     whole = training.run(how, tmp_path / "whole", progress=False)
-    assert rest.curve()[1] == pytest.approx(whole.curve()[1], rel=1e-9) and len(rest.records) == 12
+    for found in (both, rest):
+        assert found.curve()[1] == pytest.approx(whole.curve()[1], rel=1e-9) and len(found.records) == 12
 
 
 def test_one_process_alone_is_not_several():

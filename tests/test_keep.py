@@ -15,6 +15,7 @@ from hinv.solver import memory
 from hinv.solver.estimate import by_checkpoints
 from hinv.solver.factor import Factor
 from hinv.solver.kept import Checkpoints, Elsewhere, segment
+from hinv.solver.parts import Dense
 
 
 def numbers(things) -> int:
@@ -138,6 +139,39 @@ def test_what_is_alive_at_once(monkeypatch):
         monkeypatch.setattr(kind, "eliminate", counted)
     F.solve(H.gradient)
     assert len(most) > 190 and max(most) <= segment(len(F.pivots)) + 2
+
+
+def test_what_the_derivatives_hold_is_counted_and_what_is_soon_made_again_is_not_held():
+    narrow = measure.network((16, *[16] * 99, 10), 4)
+    stages = narrow.structure(torch.float64)[0]
+    for keep in ("checkpoints", AWAY):
+        narrow.factor(0.1)
+        assert sum("F" in vars(part) for _, part in stages) > 90
+        narrow.factor(0.1, keep=keep).solve(narrow.gradient)
+        assert not any({"F", "outer"} & set(vars(part)) for _, part in stages)
+
+
+class Gate(nn.Module):
+    """No layer that hinv knows: a stage that holds its derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x * self.inside(x).tanh()
+
+
+def test_the_derivatives_of_all_stages_are_in_every_estimate():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Gate() for _ in range(20)), nn.Linear(6, 3)).double()
+    H = Hessian(model, nn.CrossEntropyLoss(), torch.randn(5, 6).double(), torch.arange(5) % 3)
+    dense = [part for _, part in H.structure(torch.float64)[0] if isinstance(part, Dense)]
+    held = sum(t.nbytes for part in dense for t in vars(part).values() if isinstance(t, torch.Tensor))
+    need = H.estimate().bytes
+    assert len(dense) == 20 and held < need["stage"] <= need["checkpoints"] < need["factor"]
+    F = H.factor(0.1, keep="disk")
+    assert 0.5 * need["kept"] < F.pivots.place.size < 1.5 * need["kept"]
 
 
 def test_the_estimate_knows_it():

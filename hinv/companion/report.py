@@ -37,14 +37,15 @@ def results(path: Path) -> dict[str, Any]:
 def rows(notebooks: Path, build: Path) -> list[dict[str, Any]]:
     """Every claim of every notebook that ran, and one failed row for each notebook that did not finish."""
     out: list[dict[str, Any]] = []
-    for notebook in sorted(notebooks.glob("*.ipynb")):
+    for notebook in sorted(notebooks.glob("[0-9]*.ipynb")):
         number = number_of(notebook)
         record = results(output("results") / f"{number}.json")
-        out += [{"notebook": number} | claim for claim in record["claims"]]
+        out += [{"notebook": number, "path": notebook} | claim for claim in record["claims"]]
         if not record["claims"] or not (build / "notebooks" / notebook.name).exists():
             out.append(
                 {
                     "notebook": number,
+                    "path": notebook,
                     "statement": _failure(notebook, build),
                     "equation": "",
                     "measured": None,
@@ -105,7 +106,7 @@ def write(notebooks: Path, build: Path) -> bool:
     widths = [max(len(row[k]) for row in [HEAD, *columns]) for k in range(len(HEAD))]
     for row in [HEAD, *columns]:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    for notebook in sorted(notebooks.glob("*.ipynb")):
+    for notebook in sorted(notebooks.glob("[0-9]*.ipynb")):
         record = results(output("results") / f"{number_of(notebook)}.json")
         if record["claims"]:
             print(f"{record['notebook']}: {provenance(record)}")
@@ -153,8 +154,8 @@ def parts(notebooks: Path, build: Path, source: Callable[[Path], str]) -> list[t
     out = [("", f"<div class='claims'><style>{STYLE}</style><p class='summary'>{said}.</p><p>{field}</p></div>")]
     if failed:
         out.append(("What failed", f"<div class='claims failures'>{_table(failed, named=True)}</div>"))
-    for key, group in groupby(claims, lambda c: c["notebook"]):
-        (notebook,) = notebooks.glob(f"{key}_*.ipynb")
+    for notebook, group in groupby(claims, lambda c: c["path"]):
+        key = number_of(notebook)
         title, question = opening(notebook)
         record = results(output("results") / f"{key}.json")
         pictures = "".join(

@@ -113,7 +113,14 @@ class Descent:
                 )
             return value.item(), g
 
-        return summed(weight(self.loss, targets), own, self._position()) if ranks.several() else own()
+        if not ranks.several():
+            return own()
+        value, g = summed(weight(self.loss, targets), own, self._position())
+        if not g.isfinite().all():
+            raise NotFiniteError(
+                "the gradient contains NaN or infinite values in another process: its own error says why"
+            )
+        return value, g
 
     def _value(self, inputs: Tensor, targets: Tensor) -> float:
         def own() -> tuple[float, Float[Tensor, " 0"]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
+from hinv import ranks
 from hinv.curvature import Curvature
 from hinv.errors import SingularShiftError
 from hinv.modes import exact
@@ -68,6 +69,9 @@ class Preconditioned(Descent):
         self.floor = torch.finfo(self.parameters[0].dtype).eps ** 0.75
         self._curvature: Curvature | None = None  # the one that was factored, and at which damping
         self._used, self._age, self._checked = 0.0, 0, False
+        self._held: tuple[Tensor, Tensor] | None = (
+            None  # the batch it was made from, of all processes, for a checkpoint
+        )
 
     def _settings(self) -> str:
         damping = "" if self.damping is None else f", damping {self.damping:g}"
@@ -82,7 +86,7 @@ class Preconditioned(Descent):
             MemoryError: it does not fit.
         """
         prediction = C.estimate()
-        prediction = replace(prediction, method=prediction.factored)
+        prediction = replace(prediction, method="dual" if ranks.several() else prediction.factored)
         require(prediction, prediction.method, C.device)
         return str(prediction)
 
@@ -108,6 +112,10 @@ class Preconditioned(Descent):
         """What a direction is multiplied with before the torch optimizer takes it."""
         return 1.0
 
+    def _whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples of all processes."""
+        return ranks.gathered(inputs, 0), ranks.gathered(targets, 0)
+
     # the step
 
     @exact()
@@ -125,6 +133,7 @@ class Preconditioned(Descent):
             few = slice(self.sample)
             C = self.kind(self.model, self.loss, inputs[few], targets[few], check=not self._checked)
             self._checked, self._age, self._used, self._curvature = True, 0, self.damping, C
+            self._held = self._whole(C.chain.inputs, C.chain.targets) if self.every > 1 else None
         C = self._curvature
         whole = fresh and len(C.chain.inputs) == len(inputs)
         loss, g = (C.loss, C.gradient) if whole else self._gradient(inputs, targets)
@@ -186,9 +195,13 @@ class Preconditioned(Descent):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"damping": self.damping, "used": self._used, "age": self._age, "held": None}
-        if self._curvature is not None and self._age % self.every:
-            chain = self._curvature.chain  # the factorization itself is made again: the batch and weights determine it
-            state["held"] = {"inputs": chain.inputs, "targets": chain.targets, "parameters": flat(chain.parameters)}
+        if self._curvature is not None and self._held is not None and self._age % self.every:
+            inputs, targets = self._held  # the factorization itself is made again: the batch and weights determine it
+            state["held"] = {
+                "inputs": inputs,
+                "targets": targets,
+                "parameters": flat(self._curvature.chain.parameters),
+            }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,6 +211,8 @@ class Preconditioned(Descent):
         if state["held"] is not None:
             held, now = state["held"], self._position()
             vector_to_parameters(held["parameters"], self.parameters)
-            self._curvature = self.kind(self.model, self.loss, held["inputs"], held["targets"], check=False)
+            self._held = held["inputs"], held["targets"]
+            share = slice(ranks.number(), None, ranks.size())
+            self._curvature = self.kind(self.model, self.loss, *(t[share] for t in self._held), check=False)
             self._keep(self._curvature)
             vector_to_parameters(now, self.parameters)

@@ -79,7 +79,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
     live, batch = chain.live, len(chain.inputs)
     P = sum(p.numel() for p in chain.parameters)
     known = losses.diagonal_minus_rank_one(chain.loss, chain.outputs, chain.targets) is not None
-    flops, kept, peak, walked, products, formed = 0.0, 0, 0, 0.0, 0.0, 0
+    flops, kept, fixed, peak, walked, products, formed = 0.0, 0, 0, 0, 0.0, 0.0, 0
     columns = batch * chain.outputs[0].numel()  # of the dual, at most
     stages: list[tuple[int, int, int]] = []  # from the loss on: V behind it, what it keeps, what it takes
     for number in reversed(range(len(live))):
@@ -88,6 +88,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
         a_out, a_in, p = stage.outputs[0].numel(), stage.inputs[0].numel(), len(stage.x)
         passed = batch * stage.carry  # rows of V that pass it by
         rows, k = batch * a_out, batch * a_in if number else 0
+        derivatives, again = 0, 0  # of what is kept: what no `keep` moves elsewhere, and what is made again
         if structure is Diagonal:
             flops, keep, scratch = flops + 2.0 * rows * (rows + passed), 0, 2 * (rows + passed) ** 2
         elif structure is Wired:
@@ -101,6 +102,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             # torch.func, as many products would take: fitted to residual blocks of 544 to 2376 parameters
             flops += 50.0 * samples * p * p + 700.0 * samples * p * (a_in + a_out)
             blocks = samples * (a_out * (p + a_in) + (p + a_in) * a_in) + p * p
+            derivatives = blocks
             keep, scratch = p * p + p * k + blocks, 2 * rows * rows + p * (rows + p + 2 * k) + 2 * k * k + blocks
             walked += 2.0 * columns * a_out * (a_in + p)
             products, formed = products + p * columns**2, formed + p * columns
@@ -108,7 +110,7 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             m = min(batch, p // a_out)
             side = batch + (a_in if number else 0)
             flops += a_out * (m**3 / 3 + 2 * m * side * side) + 4 * batch * k * a_out * (a_in if number else 0)
-            keep = a_out * (m * (m + batch) + batch * a_in)
+            keep, derivatives = a_out * (m * (m + batch) + batch * a_in), a_out * batch * a_in
             # basis and its copy, inner products, their reordered parts, left-hand factors; V three times
             scratch = a_out * (2 * m * side + side * side + batch * (3 * a_in + 2 * batch) + a_in**2) + 3 * k * k
         else:
@@ -122,7 +124,8 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
             flops += eliminate(n, k)
             keep = n * n + n * k
             if max(n, k) <= SMALL:
-                keep += n * k + (k * k if m * units < p else 0)
+                again = n * k + (k * k if m * units < p else 0)
+                keep += again
             # S with the rows it comes from; N and V before and after; S twice while it is factored; N, X and what D^-1 reorders
             phases = (
                 n * rows + n * n,
@@ -135,24 +138,24 @@ def estimate(chain: Chain, gauss_newton: bool, dtype: torch.dtype) -> Estimate:
                 scratch += rows * rows + n * k + k * k  # the stage's own V, and what is put beside it
             if structure is Convolution:
                 scratch += rows * rows + n * rows + rows * k + k * k  # changes of layout
-                patches = batch * positions * (fan_in + 1)
-                keep += 2 * patches
+                derivatives = 2 * batch * positions * (fan_in + 1)
+                keep += derivatives
         if structure in (Linear, SmallLinear, Convolution):
             walked += 2.0 * columns * a_out * a_in
             products += 2.0 * columns**2 * a_out
         peak = max(peak, kept + keep + scratch)
-        kept += keep
+        kept, fixed = kept + keep, fixed + derivatives
         if not isinstance(stage.module, RESHAPES):
-            stages.append(((rows + passed) ** 2, keep, scratch))
+            stages.append(((rows + passed) ** 2, keep - derivatives - again, scratch + again))
     cost = {"factor": flops, "dense": 2 / 3 * P**3 + 4.0 * P * P * batch}
     alive = P + 4 * sum(
         stage.outputs.numel() for stage in live
     )  # of one product, of which many columns are taken at once
     size = {
         "factor": int(item * peak),
-        "checkpoints": int(item * by_checkpoints(stages)),
-        "stage": int(item * max(keep + scratch for _, keep, scratch in stages)),
-        "kept": int(item * kept),
+        "checkpoints": int(item * (fixed + by_checkpoints(stages))),
+        "stage": int(item * (fixed + max(keep + scratch for _, keep, scratch in stages))),
+        "kept": int(item * sum(keep for _, keep, _ in stages)),
         "dense": item * (3 * P * P + max(alive, min(P * alive, COLUMNS))),
     }
     if gauss_newton:

@@ -32,7 +32,7 @@ from hinv.vectors import normal, seeded
 from .inverse import Inverse
 from .kept import stored
 from .memory import Holes
-from .parts import Eliminated, Spread, Structure
+from .parts import Eliminated, Linear, Spread, Structure
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
@@ -51,9 +51,10 @@ def check_right_hand_side(b: Any, P: int) -> None:
 class Elimination:
     """The recursion from V_L to the first stage, or over some of the stages from a V kept on the way (`hinv.solver.kept`)."""
 
-    def __init__(self, structure: Structure, damping: complex, scarce: bool):
+    def __init__(self, structure: Structure, damping: complex, scarce: bool, lean: bool):
+        """lean: whether the stages' parts forget after it what is soon made again."""
         self.stages, self.V = structure[0][::-1], structure[1]
-        self.damping, self.holes = damping, Holes(scarce)
+        self.damping, self.holes, self.lean = damping, Holes(scarce), lean
 
     def run(
         self, start: int, end: int, V: Tensor | None, definite: bool
@@ -69,6 +70,8 @@ class Elimination:
                     f"no factorization of H + ({self.damping:g}) I: at {stage}, {error}. The damping is minus an eigenvalue, or next to one of a "
                     "later part of the network; change it a little, or use solve(method='sparse'), which pivots across stages"
                 ) from error
+            if self.lean and isinstance(part, Linear):
+                part.release()
             definite = definite and pivot.negative == 0
             yield pivot, V, definite
             self.holes(0 if V is None else 4 * V.nbytes)
@@ -98,7 +101,7 @@ class Factor(Inverse):
         self.rows = None if V is None else len(V)  # None where a `Head` knows V
         self.largest = max(stage.outputs.numel() for stage, _ in stages)
         with threads(self.largest):
-            self.pivots = stored(Elimination(structure, damping, scarce), keep)
+            self.pivots = stored(Elimination(structure, damping, scarce, lean=keep != "all"), keep)
         self.shares = self.pivots.shares  # of each pivot, what inertia, determinant and samples ask of it
         self.sizes, self.batch = [part.p for _, part in stages], len(stages[0][0].inputs)
         self.owners = [number for number, (stage, _) in enumerate(stages) if stage.parameters]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -67,13 +68,13 @@ class Session:
     def train(self, writer: Any, progress: bool) -> None:
         config = self.config
         offset = self._resume()
-        needs = self._estimate()
+        needs = ranks.agreed(self._estimate)
         progress, writer = progress and ranks.first(), writer if ranks.first() else None
         if progress:
             print(f"{config.method} on {self.images.name}: {needs}")
         batches = loader(self.images, config, self.step)
         with (
-            open(self.folder.metrics, "ab") if ranks.first() else io.BytesIO() as file,
+            ranks.agreed(lambda: open(self.folder.metrics, "ab") if ranks.first() else io.BytesIO()) as file,
             tqdm(
                 total=self.last, initial=self.step, desc=config.method, unit="step", disable=not progress, leave=False
             ) as bar,
@@ -85,7 +86,7 @@ class Session:
                 report = self._advance(next(batches))
                 if report is None:
                     break
-                self._write(file, report, writer)
+                self._alone(lambda line=report: self._write(file, line, writer))
                 self.step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{report['loss']:.3g}", refresh=False)
@@ -98,10 +99,13 @@ class Session:
                     self._save(file)
             self._save(file)
             self._validate(file, writer)
-        if ranks.first():
-            self.folder.finish(
-                {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
-            )
+        end = {"status": self.status or "done", "steps": self.step, "seconds": self.seconds, "estimate": needs}
+        self._alone(lambda: self.folder.finish(end))
+
+    @staticmethod
+    def _alone(do: Callable[[], None]) -> None:
+        """What the first process does alone; where that fails, the others end, too."""
+        ranks.agreed(lambda: do() if ranks.first() else None)
 
     def _advance(self, batch: Batch) -> dict[str, Any] | None:
         """One step and its record; None, with the weights of the last good step, where the loss is not finite."""
@@ -154,8 +158,9 @@ class Session:
         return self.descent.estimate(C)
 
     def _validate(self, file: BinaryIO, writer: Any) -> None:
-        if not ranks.first():
-            return
+        self._alone(lambda: self._judge(file, writer))
+
+    def _judge(self, file: BinaryIO, writer: Any) -> None:
         record: dict[str, Any] = {"kind": "validation", "step": self.step, "elapsed": self.seconds}
         for name, images in (("probe", self.images.probe), ("test", self.images.test)):
             if images is not None:
@@ -173,8 +178,6 @@ class Session:
 
     def _save(self, file: BinaryIO) -> None:
         """Weights, method, schedule and random state after `step` steps."""
-        if not ranks.first():
-            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -186,7 +189,7 @@ class Session:
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "random": torch.get_rng_state(),
         }
-        self.folder.save(self.step, state)
+        self._alone(lambda: self.folder.save(self.step, state))
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; returns the length of metrics.jsonl then."""

@@ -1,6 +1,7 @@
 """A linear stage in rotated weights, by torch for large stages and by NumPy for small ones."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,11 +48,9 @@ class Linear(Part):
             wrt_input,
         )
         n, k = self.m * self.a_out, self.batch * self.fan_in
-        self.F = self.outer = None
-        if self.curved and max(n, k) <= SMALL:  # kept whole where a broadcast costs more than the numbers
-            self.F = (self.e.T[None, :, :, None] * self.Q_in.T[:, None, None, :]).reshape(n, k)
-            if self.perp:
-                self.outer = ((self.e @ self.e.T)[:, None, :, None] * self.beyond()[None, :, None, :]).reshape(k, k)
+        self.whole = (
+            self.curved and max(n, k) <= SMALL
+        )  # whether F and outer are kept, as a broadcast costs more than the numbers
 
     def _set(
         self,
@@ -69,6 +68,28 @@ class Linear(Part):
         self.Q, self.R = torch.linalg.qr(rows.T)  # (d, m), (m, BT)
         (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
         self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
+
+    whole = False  # a convolution's
+
+    @cached_property
+    def F(self) -> Inexact[Array, "n k"] | None:
+        if not self.whole:
+            return None
+        blocks = self.e.T[None, :, :, None] * self.Q_in.T[:, None, None, :]
+        return blocks.reshape(self.m * self.a_out, self.batch * self.fan_in)
+
+    @cached_property
+    def outer(self) -> Inexact[Array, "k k"] | None:
+        """What `add_perp` adds."""
+        if not (self.whole and self.perp):
+            return None
+        blocks = (self.e @ self.e.T)[:, None, :, None] * self.beyond()[None, :, None, :]
+        return blocks.reshape(self.batch * self.fan_in, self.batch * self.fan_in)
+
+    def release(self) -> None:
+        """Forget them until the next elimination."""
+        for name in ("F", "outer"):
+            self.__dict__.pop(name, None)
 
     def blocks(self, V: Inexact[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV, n = self.J_T(V), self.m * self.a_out
@@ -228,9 +249,8 @@ class SmallLinear(Linear):
 
     def __init__(self, stage: Stage, gauss_newton: bool, wrt_input: bool):
         super().__init__(stage, gauss_newton, wrt_input)
-        for name in ("Q", "Q_in", "R", "W", "e", "F", "outer"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.numpy())
+        for name in ("Q", "Q_in", "R", "W", "e"):
+            setattr(self, name, getattr(self, name).numpy())
 
     def eliminate(self, V: Tensor | None, damping: complex, try_cholesky: bool) -> tuple[Eliminated, Tensor | None]:
         assert V is not None  # the last stage under such a loss is a Head
