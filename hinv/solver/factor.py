@@ -32,7 +32,8 @@ from hinv.vectors import normal, seeded
 from .inverse import Inverse
 from .kept import stored
 from .memory import Holes
-from .parts import Eliminated, Linear, Spread, Structure
+from .parts import Eliminated, Spread, Structure
+from .parts.linear import Repeated
 from .symmetric import SingularPivotError
 
 PROBES = 8  # random vectors by which rounding errors are measured
@@ -70,7 +71,7 @@ class Elimination:
                     f"no factorization of H + ({self.damping:g}) I: at {stage}, {error}. The damping is minus an eigenvalue, or next to one of a "
                     "later part of the network; change it a little, or use solve(method='sparse'), which pivots across stages"
                 ) from error
-            if self.lean and isinstance(part, Linear):
+            if self.lean and isinstance(part, Repeated):
                 part.release()
             definite = definite and pivot.negative == 0
             yield pivot, V, definite

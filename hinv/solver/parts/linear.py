@@ -33,7 +33,42 @@ def cat(arrays: list[Array], dim: int = 0) -> Array:
     return np.concatenate(arrays, dim) if isinstance(arrays[0], np.ndarray) else torch.cat(arrays, dim)
 
 
-class Linear(Part):
+class Repeated(Part):
+    """Blocks of a small stage that each elimination needs, kept where a broadcast costs more than their numbers."""
+
+    whole = False  # whether they are
+    m: int
+    a_out: int
+    fan_in: int
+    batch: int
+    e: Array
+    Q_in: Array
+
+    def beyond(self) -> Array:
+        raise NotImplementedError
+
+    @cached_property
+    def F(self) -> Inexact[Array, "n k"] | None:
+        if not self.whole:
+            return None
+        blocks = self.e.T[None, :, :, None] * self.Q_in.T[:, None, None, :]
+        return blocks.reshape(self.m * self.a_out, self.batch * self.fan_in)
+
+    @cached_property
+    def outer(self) -> Inexact[Array, "k k"] | None:
+        """What `add_perp` adds."""
+        if not (self.whole and self.perp):
+            return None
+        blocks = (self.e @ self.e.T)[:, None, :, None] * self.beyond()[None, :, None, :]
+        return blocks.reshape(self.batch * self.fan_in, self.batch * self.fan_in)
+
+    def release(self) -> None:
+        """Forget them until the next elimination."""
+        for name in ("F", "outer"):
+            self.__dict__.pop(name, None)
+
+
+class Linear(Repeated):
     """s = W z + bias with rotated weights; see the module's description. Rows of V: (sample, unit); of S: (j, unit), j numbering the columns of Q.
 
     The rotation also sorts S by size: without it, or with any other basis of the same span, small dampings cost two digits.
@@ -68,28 +103,6 @@ class Linear(Part):
         self.Q, self.R = torch.linalg.qr(rows.T)  # (d, m), (m, BT)
         (self.d, self.m), self.Q_in = self.Q.shape, self.Q[: self.fan_in]  # Q_in: without the bias's row
         self.p, self.perp = self.a_out * self.d, self.a_out * (self.d - self.m)
-
-    whole = False  # a convolution's
-
-    @cached_property
-    def F(self) -> Inexact[Array, "n k"] | None:
-        if not self.whole:
-            return None
-        blocks = self.e.T[None, :, :, None] * self.Q_in.T[:, None, None, :]
-        return blocks.reshape(self.m * self.a_out, self.batch * self.fan_in)
-
-    @cached_property
-    def outer(self) -> Inexact[Array, "k k"] | None:
-        """What `add_perp` adds."""
-        if not (self.whole and self.perp):
-            return None
-        blocks = (self.e @ self.e.T)[:, None, :, None] * self.beyond()[None, :, None, :]
-        return blocks.reshape(self.batch * self.fan_in, self.batch * self.fan_in)
-
-    def release(self) -> None:
-        """Forget them until the next elimination."""
-        for name in ("F", "outer"):
-            self.__dict__.pop(name, None)
 
     def blocks(self, V: Inexact[Tensor, "rows rows"]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         JV, n = self.J_T(V), self.m * self.a_out
