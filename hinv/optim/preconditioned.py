@@ -69,9 +69,8 @@ class Preconditioned(Descent):
         self.floor = torch.finfo(self.parameters[0].dtype).eps ** 0.75
         self._curvature: Curvature | None = None  # the one that was factored, and at which damping
         self._used, self._age, self._checked = 0.0, 0, False
-        self._held: tuple[Tensor, Tensor] | None = (
-            None  # the batch it was made from, of all processes, for a checkpoint
-        )
+        # the batch it was made from, of all processes, for a checkpoint
+        self._held: tuple[Tensor, Tensor] | None = None
 
     def _settings(self) -> str:
         damping = "" if self.damping is None else f", damping {self.damping:g}"
@@ -112,10 +111,6 @@ class Preconditioned(Descent):
         """What a direction is multiplied with before the torch optimizer takes it."""
         return 1.0
 
-    def _whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples of all processes."""
-        return ranks.gathered(inputs, 0), ranks.gathered(targets, 0)
-
     # the step
 
     @exact()
@@ -133,7 +128,8 @@ class Preconditioned(Descent):
             few = slice(self.sample)
             C = self.kind(self.model, self.loss, inputs[few], targets[few], check=not self._checked)
             self._checked, self._age, self._used, self._curvature = True, 0, self.damping, C
-            self._held = self._whole(C.chain.inputs, C.chain.targets) if self.every > 1 else None
+            if self.every > 1:
+                self._held = ranks.gathered(C.chain.inputs, 0), ranks.gathered(C.chain.targets, 0)
         C = self._curvature
         whole = fresh and len(C.chain.inputs) == len(inputs)
         loss, g = (C.loss, C.gradient) if whole else self._gradient(inputs, targets)

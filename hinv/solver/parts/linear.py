@@ -83,9 +83,7 @@ class Linear(Repeated):
             wrt_input,
         )
         n, k = self.m * self.a_out, self.batch * self.fan_in
-        self.whole = (
-            self.curved and max(n, k) <= SMALL
-        )  # whether F and outer are kept, as a broadcast costs more than the numbers
+        self.whole = self.curved and max(n, k) <= SMALL
 
     def _set(
         self,
