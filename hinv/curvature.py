@@ -1,6 +1,5 @@
 """The face: the Hessian and the Gauss-Newton matrix of one batch. Each method says what it gives and costs, and hands over to the room that does it."""
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv import paper, spectrum
-from hinv.errors import AccuracyWarning
+from hinv.errors import AccuracyWarning, warn
 from hinv.html import table
 from hinv.modes import exact, threads
 from hinv.network import Chain, losses
@@ -32,11 +31,10 @@ class Curvature(Matrix):
                 verify(self, model, loss)
         at = self.chain.loss, self.chain.outputs, self.chain.targets
         if check and self.gauss_newton and losses.diagonal_minus_rank_one(*at) is None and losses.linear(*at):
-            warnings.warn(
+            warn(
                 "the loss is linear in the model's outputs, so the Gauss-Newton matrix is zero: let the model put out logits, and the loss take the "
                 "logarithm (CrossEntropyLoss)",
                 AccuracyWarning,
-                stacklevel=3,
             )
 
     def __repr__(self) -> str:
@@ -199,11 +197,7 @@ class Curvature(Matrix):
         x, self.last_solve, problem = solve(self, b, damping, method, rtol)
         if problem:
             advice = "try method='sparse', method='dense' on a small network, more damping, or float64"
-            warnings.warn(
-                f"method '{self.last_solve.method}', damping {damping:g}: {problem}; {advice}",
-                AccuracyWarning,
-                stacklevel=2,
-            )
+            warn(f"method '{self.last_solve.method}', damping {damping:g}: {problem}; {advice}", AccuracyWarning)
         return x
 
 
@@ -295,11 +289,10 @@ class Hessian(Curvature):
     def _warn_of_poles(self, rtol: float) -> None:
         report = self.last_poles
         if report is not None and not report.bound <= rtol:
-            warnings.warn(
+            warn(
                 f"the relative error is at most {report.bound:.1e} with {report.poles} poles (residual {report.residual:.0e}), rtol {rtol:.0e} not reached: "
                 "a larger damping or gap helps",
                 AccuracyWarning,
-                stacklevel=3,
             )
 
     @cached_property

@@ -320,7 +320,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         method=st.sampled_from(
-            ["auto", "auto", "factor", "sparse", "tridiagonal", "woodbury", "dense", "minres", "cg"]
+            ["auto", "auto", "factor", "factor32", "sparse", "tridiagonal", "woodbury", "dense", "minres", "cg"]
         ),
         mode=st.sampled_from(list(MODES)),
     )
@@ -346,9 +346,9 @@ class Machine(RuleBasedStateMachine):
     def factor(self, data, mode):
         if self.H is None:
             return
-        damping = self.damping(data)
-        with self.called("factor", mode):
-            F = self.H.factor(damping, dtype=torch.float64)
+        damping, keep = self.damping(data), data.draw(st.sampled_from(["all", "all", "disk", "checkpoints"]))
+        with self.called(f"factor, keep {keep}", mode):
+            F = self.H.factor(damping, dtype=torch.float64, keep=keep)
             inertia, (sign, log) = F.inertia, F.logdet
             shifted = self.values + damping
             if self.gap(damping) > 1e-9:
@@ -363,9 +363,11 @@ class Machine(RuleBasedStateMachine):
                 if sign != (-1.0) ** inertia[1] or not abs(log - exact) <= allowed:
                     raise Finding(f"factor, damping {damping}: logdet {log}, dense {exact}")
             repr(F)
-            if data.draw(st.booleans()):
+            b = torch.randn(len(self.D)).double()
+            if keep != "all" and not torch.equal(self.H.factor(damping, dtype=torch.float64).solve(b), F.solve(b)):
+                raise Finding(f"a factor that keeps {keep} solves otherwise")
+            if keep != "disk" and data.draw(st.booleans()):
                 again = pickle.loads(pickle.dumps(F))
-                b = torch.randn(len(self.D)).double()
                 if not torch.equal(again.solve(b), F.solve(b)):
                     raise Finding("a pickled factor solves otherwise")
 

@@ -31,7 +31,8 @@ ONLY = {  # who alone may import what is heavy, or is an extra
         key: {f"companion/figures/{f}.py" for f in ("style", "structure", "curves", "explorer", "front")}
         for key in ("matplotlib", "seaborn")
     },
-    **{key: {"companion/data.py"} for key in ("torchvision", "sklearn", "PIL")},
+    "sklearn": {"companion/data.py"},
+    **{key: {"companion/data.py", "companion/pictures.py"} for key in ("torchvision", "PIL")},
     "papermill": {"companion/reproduce.py"},
     "nbformat": {"companion/report.py"},
     "filelock": {"companion/checks.py"},

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from functools import cached_property
 from pathlib import Path
 
@@ -149,6 +150,28 @@ def test_examples_print_what_they_say(page, unenforced):
     example = doctest.DocTestParser().get_doctest("".join(blocks), {}, page.stem, str(page), 0)
     assert len(example.examples) >= 6
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_what_the_guide_shows_runs(unenforced, monkeypatch, tmp_path):
+    """All `python` blocks of docs/guide.md, one after the other, on a small network; its training run on fewer images and steps."""
+    monkeypatch.setenv("HINV_RUNS", str(tmp_path))
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S))
+    long = 'dataset="cifar10", images=10_000, side=16, steps=150, test=2000'
+    assert code.count("```") == 0 and code.count(long) == 1 and code.count('"4"') == 2
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 5, generator=draw).double()
+    model, loss, y = hinv.tall_skinny([5, 6, 6, 3]), torch.nn.CrossEntropyLoss(), x[:, :3].argmax(1)
+    descent = hinv.optim.GaussNewton(model, loss, search=True)
+    for _ in range(5):  # until H + 0.01 I is positive definite
+        descent.step(x, y)
+    H = hinv.Hessian(model, loss, x, y)
+    given = {"hinv": hinv, "torch": torch, "model": model, "loss": loss, "x": x, "y": y, "H": H, "b": H.gradient}
+    given |= {"x_new": x[:4] + 0.1, "x_test": x[:4] + 0.1, "y_test": y[:4], "points": x[:, :2]}
+    given |= {"loader": [(x[:40], y[:40]), (x[40:], y[40:])]}
+    given["la"] = types.SimpleNamespace(model=model, prior_precision=torch.tensor(1.0))  # as laplace-torch's
+    exec(code.replace(long, 'dataset="digits", steps=3, test=100'), given)
+    assert given["run"].reached(10.0, "probe_loss") is not None and given["posterior"].prior_precision > 0
+    assert given["pairs"].certified and given["jet"].shape == (64, 4, 1)
 
 
 def test_readme_fits_a_screen():

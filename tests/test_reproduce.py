@@ -59,6 +59,26 @@ def test_a_failed_claim_fails_the_report_although_it_passed_before(project, capf
     assert "FAIL" in capfd.readouterr().out
 
 
+def test_claims_of_the_full_profile_outlast_a_quick_run(project, capfd):
+    notebook = project / "notebooks" / "01_good.ipynb"
+    (project / "notebooks" / "02_bad.ipynb").unlink()
+    kept = project / "results" / "full.json"
+    reproduce.run(notebook)
+    assert reproduce.report() and not kept.exists()
+    reproduce.run(notebook, {"profile": "full", "value": 0.25, "seed": 7})
+    assert reproduce.report() and "the claims of 01 in the full profile" in capfd.readouterr().out
+    record = json.loads(kept.read_text())
+    assert set(record) == {"01"} and record["01"]["claims"][0]["measured"] == 0.25 and "values" not in record["01"]
+    kept.write_text(json.dumps(record | {"99": record["01"] | {"notebook": "99"}}))  # of a notebook not run this time
+    reproduce.run(notebook, {"profile": "full", "value": 0.125, "seed": 7})
+    assert reproduce.report()
+    assert {n: r["claims"][0]["measured"] for n, r in json.loads(kept.read_text()).items()} == {"01": 0.125, "99": 0.25}
+    reproduce.run(notebook)
+    assert reproduce.report() and json.loads(kept.read_text())["01"]["claims"][0]["measured"] == 0.125
+    page = (project / "build" / "report.html").read_text()
+    assert "Notebook 01: data digits; full, seed 7" in page and "1.25e-01" in page and "5.00e-01" in page
+
+
 def test_a_run_without_results_is_a_failure_and_runs_again(project, capfd):
     (project / "notebooks" / "02_bad.ipynb").unlink()
     silent = project / "notebooks" / "03_silent.ipynb"

@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from hinv.errors import warn
 from hinv.shapes import Float
 
 
@@ -85,7 +85,7 @@ def alone(path: Path, doing: str) -> Generator[bool, None, None]:
         lock.acquire(timeout=0)
         waited = False
     except Timeout:
-        warnings.warn(f"another process is {doing} ({path}): waiting until it is done", UserWarning, stacklevel=3)
+        warn(f"another process is {doing} ({path}): waiting until it is done")
         lock.acquire()
         waited = True
     try:

@@ -20,9 +20,6 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, Imagenette
@@ -32,6 +29,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from hinv.companion.checks import ROOT
+from hinv.companion.pictures import Picture, many, one
 from hinv.shapes import Float, Int
 
 SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
@@ -53,9 +51,6 @@ class Images(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Images({self.name}, {tuple(self.x.shape)}, {len(self.classes)} classes)"
-
-
-Picture = str | np.ndarray | Tensor  # a path, bytes (h, w, 3), or (channels, h, w) in [0, 1]
 
 
 class Source(NamedTuple):
@@ -99,10 +94,10 @@ def load(
         ValueError: an unknown split, more images asked for than there are, images of unequal size without `side`.
     """
     pictures, y, classes, found = source(name, split, n, seed, download, fallback, mirrors, timeout)
-    stack = [_picture(picture, gray, side).to(dtype) for picture in pictures]
-    if len({tuple(p.shape) for p in stack}) > 1:
+    alike = [stack.to(dtype) for stack in many(pictures, gray, side)]
+    if len({stack.shape[1:] for stack in alike}) > 1:
         raise ValueError(f"the images of {found} differ in size: give side=")
-    x = torch.stack(stack)
+    x = torch.cat(alike).contiguous()
     if isinstance(normalize, tuple):
         mean, std = (t.to(dtype) for t in normalize)
     elif normalize:
@@ -153,7 +148,7 @@ class Stack(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
         index = torch.tensor([i for _, i in keys])
-        return self.x[index], self.y[index]
+        return self.x.index_select(0, index), self.y[index]  # x[index] takes seven times as long
 
 
 KEPT = 2**28  # bytes of crops that are kept
@@ -187,9 +182,9 @@ class Crops(Dataset):
 
     def _read(self, i: int) -> Float[Tensor, "channels height width"]:
         if self._kept is None:
-            return _picture(self.source.pictures[i], self.gray, None)
+            return one(self.source.pictures[i], self.gray, None)
         if i not in self._kept:
-            self._kept[i] = _picture(self.source.pictures[i], self.gray, 2 * self.side).float()
+            self._kept[i] = one(self.source.pictures[i], self.gray, 2 * self.side).float()
         return self._kept[i]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
@@ -219,6 +214,9 @@ Found = tuple[Sequence[Picture], np.ndarray, list[str], str]  # pictures, labels
 
 
 def _digits(split: str) -> Found:
+    from sklearn.datasets import load_digits  # here: a second to import, and most runs have images of their own
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     train, test = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
     index = train if split == "train" else test
@@ -363,34 +361,3 @@ def _balanced(labels: Int[np.ndarray, " n"], n: int | None, seed: int, found: st
         rank[i] = seen[labels[i]]
         seen[labels[i]] += 1
     return np.lexsort((turn[labels], rank))[:n].tolist()
-
-
-def _bytes(image: Image.Image) -> np.ndarray:
-    """(h, w, 3) of bytes. Pillow's own conversion of 16-bit images makes all that exceeds 255 white."""
-    if image.mode.startswith("I"):
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"its values run from {gray.min()} to {gray.max()}: images of 8 or 16 bits are known")
-        return np.repeat((gray / 257.0).round().astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError(
-            "its pixels are floating point numbers, of which the range is not known: save it with 8 or 16 bits"
-        )
-    return np.array(image.convert("RGB"))
-
-
-def _picture(picture: Picture, gray: bool, side: int | None) -> Float[Tensor, "channels height width"]:
-    """A path, an array (h, w, 3) of bytes, or a tensor -> (channels, h, w) in [0, 1]."""
-    if isinstance(picture, str):
-        try:
-            with Image.open(picture) as image:
-                picture = _bytes(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-            raise ValueError(f"cannot read the image {picture}: {error}") from error
-    if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(picture).permute(2, 0, 1).double() / 255.0
-    if gray and len(picture) == 3:
-        picture = transforms.rgb_to_grayscale(picture)
-    if side is not None:
-        picture = transforms.center_crop(transforms.resize(picture, [side], antialias=True), [side, side])
-    return picture

@@ -89,9 +89,27 @@ def provenance(record: dict[str, Any]) -> str:
     return f"data {record['data']}; {run}, commit {record['commit']}; {versions}; {on}"
 
 
+def full() -> dict[str, dict[str, Any]]:
+    """By notebook, what runs of the full profile claimed and measured, as results/full.json has it: in git, for nobody repeats hours to read a page."""
+    path = output("results") / "full.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def keep_full(notebooks: Path) -> None:
+    """results/full.json with what notebooks have left of the full profile since it was written; the others stay."""
+    found = [results(output("results") / f"{number_of(notebook)}.json") for notebook in notebooks.glob("[0-9]*.ipynb")]
+    new = {r["notebook"]: r for r in found if r["claims"] and r["profile"] == "full"}
+    for record in new.values():
+        del record["values"]
+    if new:
+        write_atomically(output("results") / "full.json", json.dumps(dict(sorted((full() | new).items())), indent=1))
+        print(f"results/full.json: the claims of {', '.join(sorted(new))} in the full profile")
+
+
 def write(notebooks: Path, build: Path) -> bool:
     """Print the table of claims, write build/report.html, and say whether all passed."""
     claims = rows(notebooks, build)
+    keep_full(notebooks)
     columns = [
         (
             c["notebook"],
@@ -168,6 +186,12 @@ def parts(notebooks: Path, build: Path, source: Callable[[Path], str]) -> list[t
             f"<div class='scroll'>{_table(list(group))}</div><div class='figures'>{pictures}</div></div>{run}</div>"
         )
         out.append((title, body))
+    kept = "".join(
+        f"<p class='run'>Notebook {key}: {html.escape(provenance(record))}</p><div class='scroll'>{_table(record['claims'])}</div>"
+        for key, record in full().items()
+    )
+    if kept:
+        out.append(("The full profile, as last run", f"<div class='claims' id='claims-full'>{kept}</div>"))
     return [*out, ("", f"<script>{FILTER}</script>")]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv.curvature import Hessian
+from hinv.errors import warn
 from hinv.network import losses
 
 Measures = dict[str, Callable[[], dict[str, Any]]]  # name -> what measures it, as entries of the record
@@ -180,7 +181,7 @@ class CurvatureMonitor:
         if errors:
             record["errors"] = errors
             said = "; ".join(f"{name}: {error}" for name, error in errors.items())
-            warnings.warn(f"curvature at step {step} is incomplete: {said}", UserWarning, stacklevel=2)
+            warn(f"curvature at step {step} is incomplete: {said}")
         record["seconds"] = time.perf_counter() - start
         self.seconds += record["seconds"]
         self.records.append(record)

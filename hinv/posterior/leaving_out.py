@@ -10,13 +10,11 @@ For the Gauss-Newton matrix, H_n = J_n^T R_n R_n^T J_n and g_n = J_n^T R_n beta_
 (M - H_n)^-1 g_n = M^-1 J_n^T R_n v_n with v_n = (damping [Gram^-1]_nn)^-1 beta_n, which keeps its digits where a sample determines its own prediction.
 """
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from hinv.curvature import Curvature
-from hinv.errors import AccuracyWarning
+from hinv.errors import AccuracyWarning, warn
 from hinv.modes import exact
 from hinv.network import Chain, losses, stagewise
 from hinv.shapes import Float
@@ -112,11 +110,10 @@ def _one_by_one(D: Curvature, g: Float[Tensor, " P"], damping: float) -> Float[T
         out.append(g @ move)
         worst = max(worst, residual)
     if not worst <= rtol:
-        warnings.warn(
+        warn(
             f"solves without one sample came to a relative residual of {worst:.1e}: H without it is close to singular at damping {damping:g}; take more "
             "damping, or hinv.GGN",
             AccuracyWarning,
-            stacklevel=4,
         )
     return torch.stack(out)
 

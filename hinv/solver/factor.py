@@ -14,7 +14,6 @@ the inertias of the S_l, and log|det| the sum of theirs.
 """
 
 import itertools
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hinv.errors import AccuracyWarning, SingularShiftError
+from hinv.errors import AccuracyWarning, SingularShiftError, warn
 from hinv.html import table
 from hinv.modes import threads
 from hinv.shapes import Float, Inexact
@@ -172,11 +171,10 @@ class Factor(Inverse):
         """
         sign, value = (-1.0) ** self.inertia[1], sum(share.log_abs_det for share in self.shares)
         if self.uncertainty > 1e-8 * max(1.0, abs(value)):
-            warnings.warn(
+            warn(
                 f"the log-determinant is certain to {self.uncertainty:.1g} only: the damping {self.damping:g} is close to minus an eigenvalue of a "
                 "later part of the network; another damping, or float64, is better",
                 AccuracyWarning,
-                stacklevel=2,
             )
         return sign, value
 

@@ -4,14 +4,13 @@ If the loss is minus a log-likelihood and damping the precision of a normal prio
 approximation; everything here is defined without that. `Factor` takes selected inversion (`hinv.solver.parts.spread`), `Dual` its Cholesky factor.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hinv.errors import AccuracyWarning
+from hinv.errors import AccuracyWarning, warn
 from hinv.shapes import Float
 from hinv.vectors import normal
 
@@ -111,12 +110,11 @@ class Inverse:
 
     def _warn(self) -> None:
         if not self.inverse_error <= torch.finfo(self.like.dtype).eps ** 0.5:
-            warnings.warn(
+            warn(
                 f"the inverse of H + ({self.damping:g}) I is right to a relative {self.inverse_error:.1g} only: the damping is close to minus an "
                 "eigenvalue of a later part of the network; change it a little, take more, or factor in float64. Single columns of the inverse are right "
                 "by H.solve",
                 AccuracyWarning,
-                stacklevel=3,
             )
 
 

@@ -1,14 +1,13 @@
 """Exact counts: by Sylvester's law H - s I has as many negative eigenvalues as its factorization has negative pivots."""
 
 import itertools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hinv.errors import CertificateWarning, SingularShiftError
+from hinv.errors import CertificateWarning, SingularShiftError, warn
 from hinv.shapes import Float, Int
 from hinv.solver.matrix import Matrix, counting
 
@@ -66,11 +65,10 @@ def _below_edge(H: Matrix, edge: float, last: bool) -> int:
                 raise error
             shift = beside[0]
             found = int((_dense(H) < shift).sum())
-        warnings.warn(
+        warn(
             f"the edge {edge:g} is an eigenvalue, or next to one: counted at {shift:.17g}, so that what lies between counts as "
             f"{'below' if last else 'above'} it",
             CertificateWarning,
-            stacklevel=5,
         )
         return found
 

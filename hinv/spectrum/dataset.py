@@ -1,7 +1,6 @@
 """A whole data set: products summed over its batches, solves by them, and the exact answers that a matrix of its parameters or of its outputs gives."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hinv import ranks
-from hinv.errors import AccuracyWarning
+from hinv.errors import AccuracyWarning, warn
 from hinv.modes import exact
 from hinv.shapes import Float
 from hinv.solver.dual import Dual
@@ -142,10 +141,9 @@ class DataMatrix(Operator):
             return b.clone()
         x, self.last_solve, problem = streamed.solve(self, b, damping, rtol)
         if problem:
-            warnings.warn(
+            warn(
                 f"method '{self.last_solve.method}', damping {damping:g}: {problem}; try more damping, a larger rtol, float64, or factor(damping)",
                 AccuracyWarning,
-                stacklevel=2,
             )
         return x
 

@@ -1,6 +1,5 @@
 """Eigenpairs with a certificate: ARPACK finds them, two exact counts prove that none was skipped."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hinv.errors import CertificateWarning, SingularShiftError
+from hinv.errors import CertificateWarning, SingularShiftError, warn
 from hinv.html import table
 from hinv.shapes import Float
 from hinv.solver.matrix import Matrix
@@ -87,7 +86,7 @@ def find(H: Matrix, k: int, which: str = "LA", sigma: float | None = None) -> Ei
     if certified and worst > ACCURATE * max(scale, region.norm):
         certified, note = False, f"{note}, but the largest residual is {worst:.1e}"
     if not certified:
-        warnings.warn(note, CertificateWarning, stacklevel=3)
+        warn(note, CertificateWarning)
     values, order = values.sort()
     return Eigenpairs(values, vectors[:, order], residuals[order], certified, note)
 

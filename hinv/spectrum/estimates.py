@@ -1,6 +1,5 @@
 """Of a matrix known by products alone: ARPACK's eigenpairs, and curvlinops' estimates of trace and density."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hinv.errors import warn
 from hinv.shapes import Float
 from hinv.solver.products import Operator, operator
 
@@ -75,7 +75,7 @@ def trace(linear_operator: Any, method: str, products: int, seed: int) -> TraceE
         except KeyboardInterrupt:
             if len(found) < 2:
                 raise
-            warnings.warn(f"interrupted after {len(found)} of {products // each} estimates", UserWarning, stacklevel=4)
+            warn(f"interrupted after {len(found)} of {products // each} estimates")
     if not np.isfinite(found).all():
         raise ArithmeticError("the trace is not finite: the loss or its derivatives overflow somewhere in the data")
     error = float(np.std(found, ddof=1) / len(found) ** 0.5)

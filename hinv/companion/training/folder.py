@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +14,13 @@ import torch
 
 import hinv
 from hinv.companion.checks import output, write_atomically
+from hinv.errors import warn
 
 from .config import Config
 from .images import RunImages
 
 UNRELATED = ("paper", "spectrum", "optim/monitor.py", "companion")  # rooms and files that no run's numbers come from
-RELATED = ("companion/training", "companion/data.py", "companion/rivals.py")
+RELATED = ("companion/training", "companion/data.py", "companion/pictures.py", "companion/rivals.py")
 
 
 def key(config: Config, images: RunImages) -> str:
@@ -50,7 +50,7 @@ def read(file: Path) -> dict[str, Any] | None:
     except ValueError:  # not JSON, or not text
         record = None
     if not isinstance(record, dict):
-        warnings.warn(f"{file} is damaged: what it held is made again", UserWarning, stacklevel=6)
+        warn(f"{file} is damaged: what it held is made again")
         return None
     return record
 
@@ -113,11 +113,7 @@ class Folder:
             good += len(line)
         if b"\n" in content[good:]:
             number = content[:good].count(b"\n") + 1
-            warnings.warn(
-                f"{self.metrics} is damaged in line {number}: going on from the checkpoint before it",
-                UserWarning,
-                stacklevel=6,
-            )
+            warn(f"{self.metrics} is damaged in line {number}: going on from the checkpoint before it")
         return good
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -168,9 +164,7 @@ class Folder:
                     continue
             else:
                 damage = "its digest differs"
-            warnings.warn(
-                f"checkpoint {path} is damaged ({damage}): using the one before it", UserWarning, stacklevel=5
-            )
+            warn(f"checkpoint {path} is damaged ({damage}): using the one before it")
         return None
 
     def _checkpoints(self) -> list[Path]:

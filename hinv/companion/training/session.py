@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hinv import optim, ranks
-from hinv.errors import NotFiniteError
+from hinv.errors import NotFiniteError, warn
 from hinv.network import tall_skinny
 
 from .config import Config, descent
@@ -125,7 +124,7 @@ class Session:
             with torch.no_grad():
                 for p, kept in zip(self.parameters, self.good, strict=True):
                     p.copy_(kept)
-            warnings.warn(f"{self.config.method}, rate {self.config.rate:g}: {self.status}", UserWarning, stacklevel=4)
+            warn(f"{self.config.method}, rate {self.config.rate:g}: {self.status}")
             return None
         self.good = before
         rate = self.descent.optimizer.param_groups[0]["lr"]
